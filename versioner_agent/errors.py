@@ -1,0 +1,89 @@
+"""What can go wrong, as a tree; each class knows the process's exit status.
+
+AgentError (1)
+├── UsageError (2)
+│   └── ValidationError      every problem of the events given, at once
+├── ConfigError (3)          every bad setting, at once
+│   ├── OtherDestination     the outbox belongs to another API or account
+│   └── CredentialsMissing
+├── OutboxError (1)
+│   ├── OutboxBusy           the write queue did not move in time
+│   └── OutboxFull           no room on the disk
+└── LockHeld (1)             another agent delivers from this outbox
+
+A refusal by the API is no exception: it is an outcome (see `outcomes`).
+"""
+
+from __future__ import annotations
+
+MAX_PROBLEMS_SHOWN = 50  # lines; the rest is counted
+
+
+class AgentError(Exception):
+    """Something a person can act on: a message, and in `hint` the next action."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        """Keep what happened and what to do about it."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AgentError):
+    """The call itself makes no sense."""
+
+    exit_code = 2
+
+
+class ValidationError(UsageError):
+    """An event that the API would refuse; `problems` lists all that is wrong with it."""
+
+    def __init__(self, problems: list[str], hint: str | None = None) -> None:
+        """Join *problems* (one line each) into the message."""
+        super().__init__(_joined("invalid event", problems), hint)
+        self.problems = problems
+
+
+class ConfigError(AgentError):
+    """Settings that can't be used; `problems` lists all of them."""
+
+    exit_code = 3
+
+    def __init__(self, problems: list[str] | str, hint: str | None = None) -> None:
+        """Join *problems* (one line each) into the message."""
+        listed = [problems] if isinstance(problems, str) else problems
+        super().__init__(_joined("configuration", listed), hint)
+        self.problems = listed
+
+
+class OtherDestination(ConfigError):
+    """The outbox delivers to another API or account than the one configured."""
+
+
+class CredentialsMissing(ConfigError):
+    """There is no API key to send with."""
+
+
+class OutboxError(AgentError):
+    """The outbox can't be read or written."""
+
+
+class OutboxBusy(OutboxError):
+    """Other writers held the outbox for longer than `busy_timeout`."""
+
+
+class OutboxFull(OutboxError):
+    """The disk under the outbox has no room."""
+
+
+class LockHeld(AgentError):
+    """Another agent holds the flusher lock."""
+
+
+def _joined(title: str, problems: list[str]) -> str:
+    shown = problems[:MAX_PROBLEMS_SHOWN]
+    if len(problems) > len(shown):
+        shown = [*shown, f"… and {len(problems) - len(shown)} more"]
+    return f"{title}: {shown[0]}" if len(shown) == 1 else "\n  ".join([f"{title}:", *shown])

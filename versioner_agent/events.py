@@ -1,0 +1,531 @@
+"""The event model: fields, statuses, validation, canonical payload, identity.
+
+Everything that knows a field's name derives from `FIELDS`: command-line options, JSON input, messages, README's table.
+Pure: no clock, no environment, no I/O; what the caller measured comes in as arguments. The rules come from the Event
+Tracking API's documentation (required fields, status values) and from running the official clients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from versioner_agent.errors import ValidationError
+
+KINDS = ("build", "deployment")
+MAX_BODY_BYTES = 256 * 1024
+MAX_METADATA_BYTES = 100 * 1024
+MAX_DEPTH = 64  # levels of nesting in extra_metadata
+#: Clocks before this are wrong: the package did not exist yet (seconds since 1970, 2026-11-01 UTC).
+RELEASED_AT = 1_793_491_200
+#: Prefix of what the agent adds to extra_metadata (`vi_` is the ecosystem's prefix for automatic values).
+AGENT_PREFIX = "vi_agent_"
+
+
+class Field(NamedTuple):
+    """One field of an event: where it applies, what it holds, how it is offered."""
+
+    name: str
+    option: str
+    type: str  # string | timestamp | boolean | object | status
+    help: str
+    kinds: tuple[str, ...] = KINDS
+    required: bool = False
+
+
+_BUILD = ("build",)
+_DEPLOYMENT = ("deployment",)
+
+FIELDS = (
+    Field("product_name", "--product", "string", "Product or service.", required=True),
+    Field("version", "--version", "string", "Version built or deployed.", required=True),
+    Field(
+        "environment_name", "--environment", "string", "Target environment.", _DEPLOYMENT, required=True
+    ),
+    Field("status", "--status", "status", "What happened; the API's aliases work, in any case.", required=True),
+    Field("scm_branch", "--scm-branch", "string", "Branch."),
+    Field("scm_sha", "--scm-sha", "string", "Commit; the API binds a version to its first one."),
+    Field("scm_repository", "--scm-repository", "string", "Repository."),
+    Field("build_url", "--build-url", "string", "Link to the CI run."),
+    Field("build_number", "--build-number", "string", "Number of the CI run."),
+    Field("source_system", "--source-system", "string", "CI system."),
+    Field("invoke_id", "--invoke-id", "string", "Id of the run; repeats within a run are queued once."),
+    Field("built_by", "--built-by", "string", "Who built it.", _BUILD),
+    Field("built_by_email", "--built-by-email", "string", "Their e-mail address.", _BUILD),
+    Field("built_by_name", "--built-by-name", "string", "Their full name.", _BUILD),
+    Field("started_at", "--started-at", "timestamp", "When it started (RFC 3339 with an offset).", _BUILD),
+    Field("deployed_by", "--deployed-by", "string", "Who deployed it.", _DEPLOYMENT),
+    Field("deployed_by_email", "--deployed-by-email", "string", "Their e-mail address.", _DEPLOYMENT),
+    Field("deployed_by_name", "--deployed-by-name", "string", "Their full name.", _DEPLOYMENT),
+    Field("deploy_url", "--deploy-url", "string", "Link to the deployment.", _DEPLOYMENT),
+    Field("completed_at", "--completed-at", "timestamp", "When it ended (RFC 3339 with an offset)."),
+    Field(
+        "skip_preflight_checks",
+        "--skip-preflight-checks",
+        "boolean",
+        "Ask the API to skip its checks (deprecated there).",
+        _DEPLOYMENT,
+    ),
+    Field("extra_metadata", "--extra-metadata", "object", "A JSON object, @FILE, or - for stdin."),
+)
+
+_ALL_NAMES = frozenset(field.name for field in FIELDS)
+_FIELDS_OF = {kind: {f.name: f for f in FIELDS if kind in f.kinds} for kind in KINDS}
+_REQUIRED_OF = {kind: tuple(f.name for f in FIELDS if kind in f.kinds and f.required) for kind in KINDS}
+
+#: canonical status -> (aliases for both kinds, for deployments only, for builds only), all lower case.
+STATUSES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "pending": (("queued", "scheduled"), (), ()),
+    "started": (("in_progress", "init"), ("deploying",), ("building",)),
+    "completed": (
+        ("success", "complete", "finished", "succeeded", "succeededwithissues", "passed", "ok"),
+        ("deployed",),
+        ("built",),
+    ),
+    "failed": (("fail", "failure", "error", "timed_out", "unstable"), (), ()),
+    "aborted": (("abort", "cancelled", "cancel", "skipped", "canceled", "not_built"), (), ()),
+}
+_CANONICAL_OF: dict[str, dict[str, str]] = {
+    kind: {
+        word: canonical
+        for canonical, (both, deployment, build) in STATUSES.items()
+        for word in (canonical, *both, *(build if kind == "build" else deployment))
+    }
+    for kind in KINDS
+}
+ENDED = ("completed", "failed", "aborted")
+
+_TIMESTAMP = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
+
+
+class Event(NamedTuple):
+    """A valid event: canonical status, trimmed strings, known kind; not yet stamped with times or an id."""
+
+    kind: str
+    fields: dict[str, Any]
+
+    @property
+    def product_name(self) -> str:
+        """The ordering key."""
+        return str(self.fields["product_name"])
+
+
+class Stamp(NamedTuple):
+    """What is known only at the moment of queuing."""
+
+    event_id: str
+    queued_at: float  # seconds since 1970
+    host: str
+    agent_version: str
+
+
+def parse_json(data: bytes, source: str = "input") -> list[tuple[str, Any]]:
+    """Read one object, an array or JSON lines as [(where, value)]; raises ValidationError, never anything else.
+
+    Stricter than `json`: NaN, Infinity and duplicate keys are refused. Several documents may follow one another.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        message = f"{source}: byte {exc.start} (0x{data[exc.start]:02x}) is not UTF-8"
+        raise ValidationError([message]) from exc
+    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    values: list[tuple[str, Any]] = []
+    position = _skip_space(text, 0)
+    if position == len(text):
+        raise ValidationError([f"{source}: empty, expected a JSON object, an array or JSON lines"])
+    while position < len(text):
+        # Lines are counted for errors only; a message about the fifth of ten objects must say where it is.
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as exc:
+            message = f"{source}: line {exc.lineno} column {exc.colno}: not valid JSON: {exc.msg}"
+            raise ValidationError([message]) from exc
+        except RecursionError as exc:
+            raise ValidationError([f"{source}: nested too deeply"]) from exc
+        except ValueError as exc:
+            line = text.count("\n", 0, position) + 1
+            raise ValidationError([f"{source}: in the object at line {line}: {exc}"]) from exc
+        values.append((f"event {len(values) + 1}", value))
+        position = _skip_space(text, end)
+    if len(values) == 1:
+        only = values[0][1]
+        if isinstance(only, list):
+            if not only:
+                raise ValidationError([f"{source}: an empty array holds no event"])
+            return [(f"event {number}", value) for number, value in enumerate(only, 1)]
+        return [("", only)]
+    return values
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """Read *text* as one JSON object for the field *name*; raises ValidationError."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValidationError([f"{name}: holds bytes that are not UTF-8"]) from exc
+    values = parse_json(data, name)
+    if len(values) != 1 or values[0][0] or not isinstance(values[0][1], dict):
+        raise ValidationError([f"{name}: must be one JSON object"])
+    return values[0][1]
+
+
+def validate_all(
+    items: Iterable[tuple[str, Any]], kind: str | None = None, *, allow_unknown: bool = False
+) -> list[Event]:
+    """Validate [(where, fields)] whose kind may have to be inferred; raises ValidationError with all problems."""
+    events: list[Event] = []
+    problems: list[str] = []
+    for where, fields in items:
+        prefix = f"{where}: " if where else ""
+        try:
+            if not isinstance(fields, dict):
+                raise ValidationError([f"must be a JSON object, not {_json_type(fields)}"])
+            events.append(_infer_and_validate(fields, kind, allow_unknown=allow_unknown))
+        except ValidationError as exc:
+            problems += [prefix + problem for problem in exc.problems]
+    if problems:
+        raise ValidationError(problems)
+    return events
+
+
+def validate(kind: str, fields: Mapping[str, Any], *, allow_unknown: bool = False) -> Event:
+    """Check *fields* of an event of *kind* and return it in canonical form; raises ValidationError with all problems.
+
+    Optional fields that are null or empty are left out: a template whose variable is unset should not fail a build.
+    """
+    if kind not in KINDS:
+        raise ValidationError([f"kind must be build or deployment, not {kind!r}"])
+    known = _FIELDS_OF[kind]
+    checked: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in fields.items():
+        field = known.get(name)
+        if field is not None:
+            _check_field(field, kind, value, checked, problems)
+        elif not isinstance(name, str):
+            problems.append(f"{name!r}: field names are strings")
+        elif not allow_unknown:
+            problems.append(_unknown_field(name, kind))
+        else:
+            problems += _tree_problems(name, value)
+            if not problems:
+                checked[name] = value
+    for name in _REQUIRED_OF[kind]:
+        if name not in checked and not any(problem.startswith(f"{name}:") for problem in problems):
+            problems.append(f"{name}: is required")
+    if not problems:
+        size = len(_encode(checked))
+        if size > MAX_BODY_BYTES:
+            largest = max(checked, key=lambda name: len(_encode(checked[name])))
+            problems.append(
+                f"the event is {size} bytes of JSON, over the limit of {MAX_BODY_BYTES} (largest field: {largest})"
+            )
+    if problems:
+        raise ValidationError(problems)
+    return Event(kind, checked)
+
+
+def canonical_status(kind: str, word: str) -> str | None:
+    """Return the API's own word for *word* (any case), or None where it has none."""
+    return _CANONICAL_OF[kind].get(word.strip().lower())
+
+
+def content_digest(event: Event) -> bytes:
+    """SHA-256 (32 bytes) of what the event says, without what the agent adds by itself."""
+    metadata = event.fields.get("extra_metadata")
+    fields = event.fields
+    if metadata is not None:
+        kept = {key: value for key, value in metadata.items() if not key.startswith(AGENT_PREFIX)}
+        fields = {**fields, "extra_metadata": kept}
+    return hashlib.sha256(_encode(fields)).digest()
+
+
+def identity(event: Event, run_attempt: str | None, content: bytes) -> bytes | None:
+    """SHA-256 (32 bytes) of kind, run, run attempt and content; None without an invoke_id: nothing is a repeat then."""
+    invoke_id = event.fields.get("invoke_id")
+    if invoke_id is None:
+        return None
+    named = f"{event.kind}\0{invoke_id}\0{run_attempt or ''}\0".encode()
+    return hashlib.sha256(named + content).digest()
+
+
+def payload(event: Event, stamp: Stamp) -> bytes:
+    """Return the exact JSON body: the fields, automatic times, and the agent's metadata where it fits.
+
+    The bytes are fixed here for good: every attempt, whenever it comes, sends just these.
+    """
+    fields = dict(event.fields)
+    if clock_is_plausible(stamp.queued_at):
+        for name in automatic_times(event):
+            fields[name] = rfc3339(stamp.queued_at)
+    ours: dict[str, Any] = {
+        f"{AGENT_PREFIX}event_id": stamp.event_id,
+        f"{AGENT_PREFIX}queued_at": rfc3339(stamp.queued_at),
+        f"{AGENT_PREFIX}host": stamp.host,
+        f"{AGENT_PREFIX}version": stamp.agent_version,
+    }
+    theirs = fields.get("extra_metadata") or {}
+    fields["extra_metadata"] = ours | theirs
+    body = _encode(fields)
+    if len(body) > MAX_METADATA_BYTES and (
+        len(_encode(fields["extra_metadata"])) > MAX_METADATA_BYTES or len(body) > MAX_BODY_BYTES
+    ):
+        fields["extra_metadata"] = theirs
+        body = _encode(fields)
+    return body
+
+
+def automatic_times(event: Event) -> tuple[str, ...]:
+    """Name the time fields that queuing fills in: delivery may come weeks later, the event's time must not."""
+    status = event.fields["status"]
+    wanted = ()
+    if status in ENDED:
+        wanted = ("completed_at",)
+    elif status == "started" and event.kind == "build":
+        wanted = ("started_at",)
+    return tuple(name for name in wanted if name not in event.fields)
+
+
+def clock_is_plausible(now: float) -> bool:
+    """Tell whether *now* (seconds since 1970) can be true."""
+    return now >= RELEASED_AT
+
+
+def rfc3339(seconds: float) -> str:
+    """Format seconds since 1970 as RFC 3339 in UTC, to the millisecond; out-of-range clocks become the nearest end."""
+    bounded = min(max(seconds, 0.0), 253_402_300_799.0)
+    return datetime.fromtimestamp(bounded, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word closest to *word*, if any is close."""
+    import difflib  # noqa: PLC0415  # only for people who mistyped
+
+    found = difflib.get_close_matches(word[:64], list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(
+        value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
+    ).encode()
+
+
+def _infer_and_validate(fields: dict[str, Any], kind: str | None, *, allow_unknown: bool) -> Event:
+    named = fields.get("kind")
+    rest = {name: value for name, value in fields.items() if name != "kind"}
+    if named is not None and named not in KINDS:
+        raise ValidationError([f'kind: must be "build" or "deployment", not {_shown(named)}'])
+    if named is not None and kind is not None and named != kind:
+        raise ValidationError([f"kind: the event says {named}, the command says {kind}"])
+    chosen = kind or named
+    if chosen is None:
+        chosen = "deployment" if rest.get("environment_name") is not None else "build"
+        if chosen == "build":
+            _refuse_half_a_deployment(rest)
+    return validate(chosen, rest, allow_unknown=allow_unknown)
+
+
+def _refuse_half_a_deployment(fields: dict[str, Any]) -> None:
+    only = [name for name in fields if name in _ALL_NAMES and name not in _FIELDS_OF["build"]]
+    status = fields.get("status")
+    if isinstance(status, str) and status.strip().lower() in STATUSES["completed"][1] + STATUSES["started"][1]:
+        only.append(f"status {status.strip()}")
+    only = [name for name in only if name != "environment_name"]
+    if only:
+        raise ValidationError(
+            [f"{', '.join(only)}: belongs to a deployment; add environment_name, or say which with --kind"]
+        )
+
+
+def _check_field(
+    field: Field, kind: str, value: Any, checked: dict[str, Any], problems: list[str]
+) -> None:
+    """Put the canonical value into *checked*, or what is wrong into *problems*."""
+    if value is None:
+        return
+    if field.type == "object":
+        problems += _metadata_problems(value)
+        if value:
+            checked[field.name] = value
+        return
+    if field.type == "boolean":
+        if isinstance(value, bool):
+            checked[field.name] = value
+        else:
+            problems.append(f"{field.name}: must be true or false, not {_json_type(value)}")
+        return
+    if not isinstance(value, str):
+        problems.append(f"{field.name}: must be a string, not {_json_type(value)}")
+        return
+    problem = _string_problem(value)
+    if problem:
+        problems.append(f"{field.name}: {problem}")
+        return
+    trimmed = value.strip()
+    if not trimmed:
+        if field.required:
+            problems.append(f"{field.name}: must not be empty")
+        return
+    canonical, problem = _CHECKS[field.type](kind, trimmed)
+    if problem:
+        problems.append(f"{field.name}: {problem}")
+    checked[field.name] = canonical
+
+
+def _check_string(_kind: str, value: str) -> tuple[str, str]:
+    return value, ""
+
+
+def _check_status(kind: str, value: str) -> tuple[str, str]:
+    canonical = canonical_status(kind, value)
+    if canonical is not None:
+        return canonical, ""
+    words = _CANONICAL_OF[kind]
+    close = nearest(value.lower(), words)
+    advice = f"did you mean {close!r}?" if close else f"one of {', '.join(STATUSES)}"
+    return value, f"unknown status {_shown(value)} for a {kind}; {advice}"
+
+
+def _check_timestamp(_kind: str, value: str) -> tuple[str, str]:
+    wrong = f"{_shown(value)} is not an RFC 3339 time with an offset, like 2026-11-06T15:30:00Z"
+    match = _TIMESTAMP.fullmatch(value)
+    if match is None:
+        return value, wrong
+    date, minutes, seconds, fraction, offset = match.groups()
+    # RFC 3339 section 5.6 allows a leap second, which datetime does not know.
+    checked = "59" if seconds == "60" else seconds
+    try:
+        datetime.fromisoformat(f"{date}T{minutes}:{checked}{offset.upper()}")
+    except ValueError:
+        return value, wrong
+    return f"{date}T{minutes}:{seconds}{fraction or ''}{offset.upper()}", ""
+
+
+_CHECKS: dict[str, Callable[[str, str], tuple[str, str]]] = {
+    "string": _check_string,
+    "status": _check_status,
+    "timestamp": _check_timestamp,
+}
+
+
+def _metadata_problems(value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return [f"extra_metadata: must be a JSON object, not {_json_type(value)}"]
+    problems = _tree_problems("extra_metadata", value)
+    if not problems:
+        size = len(_encode(value))
+        if size > MAX_METADATA_BYTES:
+            problems.append(
+                f"extra_metadata: is {size} bytes of JSON, over the limit of {MAX_METADATA_BYTES}"
+            )
+    return problems
+
+
+def _tree_problems(name: str, root: Any) -> list[str]:
+    """Say what in *root* can't be sent as JSON; walks without recursion, so no input can exhaust the stack."""
+    stack: list[tuple[str, Any, int]] = [(name, root, 1)]
+    problems: list[str] = []
+    while stack and len(problems) < 10:
+        path, value, depth = stack.pop()
+        if isinstance(value, str):
+            problem = _string_problem(value)
+        elif isinstance(value, dict | list | tuple):
+            problem = "" if depth <= MAX_DEPTH else f"nested deeper than {MAX_DEPTH} levels"
+            if not problem:
+                stack += _children(path, value, depth + 1, problems)
+        else:
+            problem = _scalar_problem(value)
+        if problem:
+            problems.append(f"{_shorten(path)}: {problem}")
+    return problems
+
+
+def _children(path: str, value: Any, depth: int, problems: list[str]) -> list[tuple[str, Any, int]]:
+    if not isinstance(value, dict):
+        return [(f"{path}[{index}]", child, depth) for index, child in enumerate(value)]
+    found = []
+    for key, child in value.items():
+        problem = _string_problem(key) if isinstance(key, str) else "keys must be strings"
+        if problem:
+            problems.append(f"{_shorten(path)}: key {_shown(key)}: {problem}")
+        else:
+            found.append((f"{path}.{key}", child, depth))
+    return found
+
+
+def _scalar_problem(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, int):
+        # Python refuses to print integers over 4300 digits, and no API reads them.
+        return "" if value.bit_length() <= 1024 else "the number is too large"
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "must be a finite number (no NaN, no Infinity)"
+    return f"{type(value).__name__} is not a JSON value"
+
+
+def _string_problem(value: str) -> str:
+    if value.isascii():
+        return "must not hold a NUL character" if "\0" in value else ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "holds a lone surrogate or bytes that are not UTF-8"
+    return "must not hold a NUL character" if "\0" in value else ""
+
+
+def _unknown_field(name: str, kind: str) -> str:
+    if name in _ALL_NAMES:
+        other = "deployment" if kind == "build" else "build"
+        return f"{name}: is a field of a {other}, not of a {kind}"
+    close = nearest(name, _FIELDS_OF[kind])
+    advice = f"did you mean {close!r}?" if close else "put it into extra_metadata, or --allow-unknown-fields"
+    return f"{_shorten(_shown(name))}: unknown field; {advice}"
+
+
+def _json_type(value: Any) -> str:
+    names = ((bool, "a boolean"), (dict, "an object"), (list, "an array"), (str, "a string"), (type(None), "null"))
+    for kind, name in names:
+        if isinstance(value, kind):
+            return name
+    return "a number" if isinstance(value, int | float) else type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    return _shorten(ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {_shown(key)} is given twice")
+            seen.add(key)
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,190 @@
+"""Operating-system locks beside the outbox: the queue of writers, and who delivers.
+
+The kernel frees them on any death, so nothing ever has to be rescued. Lock files are never removed (that would let two
+processes hold "the same" lock) and never opened through a symbolic link.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from typing import NamedTuple
+
+QUEUE_SUFFIX = ".queue"
+FLUSHER_SUFFIX = ".flusher"
+
+# Bytes of the flusher file: who delivers, and whether an agent is there (delivering, or waiting for a flush to end).
+_DELIVERING = 0
+_AGENT = 1
+# struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
+_FLOCK = "hhqqi4x"
+
+
+def file_mode(directory: str) -> int:
+    """Return the mode of files made in *directory*: 0660 where a group shares it (setgid), else 0600."""
+    mode = os.stat(directory).st_mode
+    return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
+
+
+def open_beside(path: str, *, create: bool = True) -> int:
+    """Open *path* read-write, made with the right mode if it is missing; raises OSError.
+
+    `open` applies the umask, so a group member with umask 077 would lock the others out: hence fchmod.
+    """
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        if not create:
+            raise
+    mode = file_mode(os.path.dirname(path))
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        return os.open(path, flags)
+    os.fchmod(fd, mode)
+    return fd
+
+
+class WriteQueue:
+    """First come, first served among writers: SQLite's busy handler is no queue."""
+
+    def __init__(self, path: str) -> None:
+        """Queue on the file *path*; nothing is opened yet."""
+        self._path = path
+        self._fd: int | None = None
+
+    def acquire(self, timeout: float) -> bool:
+        """Wait up to *timeout* seconds for our turn; raises OSError where the file can't be opened."""
+        import fcntl  # noqa: PLC0415  # POSIX only
+
+        if self._fd is None:
+            self._fd = open_beside(self._path)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self._wait(timeout)
+        return True
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        import fcntl  # noqa: PLC0415
+
+        if self._fd is not None:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def remember(self, note: bytes) -> None:
+        """Write *note* into the file: an outbox was made here. Only while holding it."""
+        if self._fd is not None and os.fstat(self._fd).st_size == 0:
+            os.pwrite(self._fd, note, 0)
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Give the file back; a lock held on it is freed."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _wait(self, timeout: float) -> bool:
+        """Block in the kernel's own queue, in a thread, for flock(2) has no timeout."""
+        import fcntl  # noqa: PLC0415
+        import threading  # noqa: PLC0415
+
+        fd = self._fd
+        assert fd is not None  # noqa: S101  # acquire opened it
+        guard = threading.Lock()
+        done = threading.Event()
+        is_abandoned = False
+
+        def block() -> None:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with guard:
+                if is_abandoned:
+                    os.close(fd)  # frees the lock that nobody waits for any more
+                done.set()
+
+        threading.Thread(target=block, daemon=True).start()
+        try:
+            done.wait(timeout)
+        finally:
+            with guard:
+                if not done.is_set():
+                    is_abandoned = True
+                    self._fd = None
+        return not is_abandoned
+
+
+class Presence(NamedTuple):
+    """Who is at the outbox."""
+
+    is_delivering: bool
+    has_agent: bool
+    pid: int | None  # of whoever delivers, as it saw itself
+
+
+class FlusherLock:
+    """Who may deliver from an outbox; one process at a time, by open-file-description locks (fcntl_locking(2))."""
+
+    def __init__(self, outbox_path: str) -> None:
+        """Guard the outbox at *outbox_path*."""
+        self.path = outbox_path + FLUSHER_SUFFIX
+        self._fd: int | None = None
+
+    def claim_agent(self) -> bool:
+        """Become the agent of this outbox; False if there is one. Raises OSError."""
+        return self._lock(_AGENT)
+
+    def claim_delivery(self) -> bool:
+        """Become the one who delivers; False if somebody else does. Raises OSError."""
+        if not self._lock(_DELIVERING):
+            return False
+        assert self._fd is not None  # noqa: S101
+        note = f"{os.getpid()}\n".encode()
+        os.pwrite(self._fd, note, 0)
+        os.ftruncate(self._fd, len(note))
+        return True
+
+    def is_agent_waiting(self) -> bool:
+        """Tell a holder that is no agent whether one waits for it."""
+        return self._fd is not None and _is_locked(self._fd, _AGENT)
+
+    def presence(self) -> Presence:
+        """Look without touching: taking the lock to test it could turn an agent away."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError:
+            return Presence(is_delivering=False, has_agent=False, pid=None)
+        try:
+            is_delivering, has_agent = _is_locked(fd, _DELIVERING), _is_locked(fd, _AGENT)
+            text = os.pread(fd, 32, 0).strip()
+        finally:
+            os.close(fd)
+        pid = int(text) if text.isdigit() and (is_delivering or has_agent) else None
+        return Presence(is_delivering, has_agent, pid)
+
+    def close(self) -> None:
+        """Free what is held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _lock(self, byte: int) -> bool:
+        import fcntl  # noqa: PLC0415
+
+        if self._fd is None:
+            self._fd = open_beside(self.path)
+        request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    import fcntl  # noqa: PLC0415
+
+    request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)

@@ -1,0 +1,131 @@
+"""Records as values: what a row of the outbox says, its digest, and its form in JSON. No queries here."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+from versioner_agent.events import rfc3339
+
+
+class Receipt(NamedTuple):
+    """What `enqueue` answers: `queued`, or `duplicate` with the record that was there first."""
+
+    outcome: str
+    id: int
+    event_id: str
+    invoke_id: str | None
+    kind: str
+    product_name: str
+    version: str
+    environment_name: str | None
+    status: str
+    warnings: tuple[str, ...] = ()
+
+
+class Record(NamedTuple):
+    """A row of the outbox, all columns but the payload; times are seconds since 1970."""
+
+    id: int
+    event_id: str
+    state: str
+    kind: str
+    product_name: str
+    version: str
+    environment_name: str | None
+    status: str
+    invoke_id: str | None
+    run_attempt: str | None
+    content: bytes
+    identity: bytes | None
+    occurrence: int
+    queued_at: float
+    queued_by: str
+    origin: str | None
+    digest: bytes
+    attempts: int
+    retries: int
+    unanswered: int
+    counted: int
+    counted_since: float | None
+    counted_mark: int | None
+    held_since: float | None
+    last_attempt_at: float | None
+    settled_at: float | None
+    http_status: int | None
+    server_id: str | None
+    reason: str | None
+    code: str | None
+    rule: str | None
+    retry_after: str | None
+    late: int
+    detail: str | None
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every attempt; a person's retry is a new request."""
+        return f"{self.event_id}.{self.retries}" if self.retries else self.event_id
+
+
+#: The columns of a Record, for SELECT.
+COLUMNS = ", ".join(Record._fields)
+
+_JSON_KEYS = (
+    "id", "event_id", "state", "kind", "product_name", "version", "environment_name", "status", "invoke_id",
+    "queued_at", "queued_by", "attempts", "last_attempt_at", "settled_at", "http_status", "server_id", "reason",
+    "code", "rule", "retry_after", "late", "detail",
+)  # fmt: skip
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """Return *record* with the documented keys."""
+    found = record._asdict()
+    shown = {key: found[key] for key in _JSON_KEYS}
+    for key in ("queued_at", "last_attempt_at", "settled_at"):
+        shown[key] = time_json(shown[key])
+    shown["late"] = bool(shown["late"])
+    return shown
+
+
+def time_json(seconds: float | None) -> str | None:
+    """Return seconds since 1970 as RFC 3339, None as it is."""
+    return None if seconds is None else rfc3339(seconds)
+
+
+def digest(  # noqa: PLR0913  # exactly what must not change
+    record_id: int,
+    event_id: str,
+    kind: str,
+    names: tuple[str, str, str | None, str],
+    run: tuple[str | None, str | None],
+    occurrence: int,
+    queued_at: float,
+    origin: str | None,
+    payload: bytes,
+) -> bytes:
+    """SHA-256 (32 bytes) over identity, order and payload; *names* and *run* are the columns derived from it.
+
+    A flipped bit in a payload is valid SQLite: only this notices it.
+    """
+    parts = [str(record_id), event_id, kind, *names, *run, str(occurrence), repr(queued_at), origin]
+    head = "\0".join("\1" if part is None else part for part in parts).encode()
+    return hashlib.sha256(head + b"\0" + payload).digest()
+
+
+def is_intact(record: Record, payload: bytes) -> bool:
+    """Tell whether *record* and *payload* are as they were queued."""
+    try:
+        expected = digest(
+            record.id,
+            record.event_id,
+            record.kind,
+            (record.product_name, record.version, record.environment_name, record.status),
+            (record.invoke_id, record.run_attempt),
+            record.occurrence,
+            record.queued_at,
+            record.origin,
+            payload,
+        )
+    except (TypeError, ValueError):  # a column that has become another type
+        return False
+    return expected == record.digest

@@ -1,0 +1,69 @@
+"""Text for people: foreign strings made harmless, ages and times made readable.
+
+What a product, a version or a server calls itself is not ours to trust: it must not move a cursor, forge a log line or
+reverse a row. Pure; values are stored as they came and made harmless only where they are shown.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from datetime import UTC, datetime
+
+#: What an API key looks like (`sk_{account}_{id}_{random}`, Event Tracking API documentation, Authentication).
+_KEY = re.compile(r"\bsk_([A-Za-z0-9-]{1,64})_[A-Za-z0-9_-]{1,512}")
+#: Control, format (bidi, zero width), surrogate, private and line/paragraph separator characters.
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def printable(value: str) -> str:
+    """Return *value* with every character that could steer a terminal or split a line written as an escape."""
+    if value.isascii() and value.isprintable():
+        return value
+    return "".join(
+        character
+        if unicodedata.category(character) not in _UNSAFE_CATEGORIES
+        else character.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for character in value
+    )
+
+
+def bounded(value: str, limit: int) -> str:
+    """Return at most *limit* characters of *value*, storable as UTF-8 whatever it held."""
+    safe = value[: limit + 1].encode("utf-8", "replace").decode("utf-8").replace("\0", "\ufffd")
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def mask_keys(value: str) -> str:
+    """Return *value* with everything shaped like an API key masked: servers echo what they refuse."""
+    return _KEY.sub(r"sk_\1_***", value)
+
+
+def key_account(key: str) -> str | None:
+    """Return the account named in an API key, None for a key of another shape."""
+    match = _KEY.fullmatch(key.strip())
+    return match.group(1) if match else None
+
+
+def duration(seconds: float) -> str:
+    """Say a duration in the largest unit that fits: `42 s`, `3 min`, `5 h`, `12 d`."""
+    for size, unit in _UNITS:
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return "0 s"
+
+
+def age(then: float | None, now: float) -> str:
+    """Say how long ago *then* was (both seconds since 1970)."""
+    if then is None:
+        return "never"
+    if then > now + 1:
+        return f"in {duration(then - now)}"
+    return "just now" if now - then < 1 else f"{duration(now - then)} ago"
+
+
+def utc_time(seconds: float) -> str:
+    """Say a moment in UTC, to the second."""
+    bounded_seconds = min(max(seconds, 0.0), 253_402_300_799.0)
+    return datetime.fromtimestamp(bounded_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
