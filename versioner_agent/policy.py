@@ -7,6 +7,7 @@ wall clock can stall or flood anything. Full jitter: uniform(0, min(cap, base·2
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 from versioner_agent.outcomes import Outcome
@@ -119,11 +120,6 @@ class Pace:
             return 1 if now >= self._probe_due else 0
         return self._limit
 
-    def is_due(self, key: str, now: float) -> bool:
-        """Tell whether *key* may be tried; an open breaker paces all keys together instead."""
-        delay = self._delays.get(key)
-        return self.is_open or delay is None or delay.due <= now
-
     def is_retrying(self, key: str) -> bool:
         """Tell whether the last try of *key* failed."""
         return key in self._delays
@@ -132,9 +128,19 @@ class Pace:
         """Return how many slots failing keys may fill: slow ones must leave room for the healthy."""
         return max(1, self.concurrency // 2)
 
-    def was_probed(self, key: str) -> bool:
-        """Tell whether *key* was tried since the breaker opened."""
-        return key in self._tried
+    @property
+    def tried(self) -> Container[str]:
+        """The keys tried since the breaker opened."""
+        return self._tried
+
+    def first_due(self, now: float, skip: Container[str]) -> str | None:
+        """Return the failing key, not in *skip*, that has been due the longest."""
+        due = [(delay.due, key) for key, delay in self._delays.items() if delay.due <= now and key not in skip]
+        return min(due)[1] if due else None
+
+    def forget(self, key: str) -> None:
+        """Drop what is remembered of *key*: nothing of it waits any more."""
+        self._delays.pop(key, None)
 
     def next_due(self, now: float) -> float | None:
         """Return when waiting may bring something new to send; None while no timer runs."""
@@ -145,14 +151,14 @@ class Pace:
         waiting = [delay.due for delay in self._delays.values() if delay.due > now]
         return min(waiting, default=None)
 
-    def failed(self, key: str, outcome: Outcome, now: float, roll: float) -> None:
-        """Take a failure that says nothing final about the event."""
+    def failed(self, key: str, outcome: Outcome, now: float, roll: float) -> bool:
+        """Take a failure that says nothing final about the event; True if another key had to be forgotten for it."""
         wait = outcome.wait_s or 0.0
         if outcome.reason == "rate_limited" and wait:
             self.paused_until = max(self.paused_until, now + wait)
         previous = self._delays.get(key)
         failures = previous.failures + 1 if previous else 1
-        self._remember(key, _Delay(failures, now + max(backoff_s(failures, roll, self.max_backoff), wait)))
+        has_forgotten = self._remember(key, _Delay(failures, now + max(backoff_s(failures, roll, self.max_backoff), wait)))
         self._streak = [*self._streak, (key, outcome.is_answered)][-OPEN_AFTER:]
         if self.is_open:
             self._open_failures += 1
@@ -163,6 +169,7 @@ class Pace:
         if self.is_open:
             self._mark_tried(key)
             self._probe_due = now + max(backoff_s(self._open_failures, roll, self.max_backoff), wait)
+        return has_forgotten
 
     def verdict(self, key: str) -> None:
         """Take the API's word on an event: it is there and answers."""
@@ -181,11 +188,13 @@ class Pace:
             return False
         return len({key for key, _ in self._streak}) > 1 or not any(answered for _, answered in self._streak)
 
-    def _remember(self, key: str, delay: _Delay) -> None:
+    def _remember(self, key: str, delay: _Delay) -> bool:
         self._delays[key] = delay
-        if len(self._delays) > MAX_TRACKED_KEYS:
-            # Forgetting one only means that it is tried again early.
-            del self._delays[min(self._delays, key=lambda name: self._delays[name].due)]
+        if len(self._delays) <= MAX_TRACKED_KEYS:
+            return False
+        # Forgetting one only means that it is tried again early.
+        del self._delays[min(self._delays, key=lambda name: self._delays[name].due)]
+        return True
 
     def _mark_tried(self, key: str) -> None:
         self._tried.pop(key, None)

@@ -1,0 +1,413 @@
+"""The flusher: which event goes next, and what its answer does to the outbox. One step at a time, and a loop around it.
+
+Worker threads send; the thread that owns the ledger chooses, decides and commits. A key's next event is sent, and a slot
+freed, only after the commit of the decision before it, so a crash repeats at most `concurrency` requests. Settling takes
+whatever answers have arrived in one transaction and never waits for more. Memory holds a window of keys, never the
+backlog.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from versioner_agent.errors import OutboxError
+from versioner_agent.ledger import Health, Ledger, Settlement
+from versioner_agent.outbox import Destination
+from versioner_agent.outcomes import ADVICE, STATE_OF, Outcome, no_answer
+from versioner_agent.policy import Counters, Limits, Pace, decide
+from versioner_agent.records import Record, is_intact
+from versioner_agent.text import printable
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 1000  # keys remembered as ready
+REFILL = 64  # keys one refill looks for
+POLL_S = 0.1  # how often the file is looked at for new events
+LOOK_S = 2.0  # how often the outbox is asked, whatever the file's times say
+REWRITE_S = 1.0  # pause before a commit that failed is tried again
+MAINTENANCE_S = 60.0
+MAX_CLOCK_SKEW_S = 86_400.0
+
+
+class Sender(Protocol):
+    """What the flusher needs to send."""
+
+    def send(self, kind: str, payload: bytes, idempotency_key: str) -> Outcome:
+        """POST one event."""
+
+
+class Options(NamedTuple):
+    """The settings that bear on delivering; seconds and days."""
+
+    concurrency: int = 4
+    max_backoff: float = 120.0
+    max_event_attempts: int = 20
+    give_up_after: float = 3600.0
+    retention_days: float = 30.0
+
+
+class _Answer(NamedTuple):
+    record: Record
+    outcome: Outcome
+    at: float
+    duration_s: float
+
+
+class Flusher:
+    """Delivers what is pending. Belongs to the thread that made it; `wake` may be called from anywhere."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        sender: Sender,
+        options: Options,
+        here: Destination,
+        *,
+        roll: Callable[[], float] = random.random,
+        on_settled: Callable[[Settlement], None] = lambda _: None,
+    ) -> None:
+        """Deliver from *ledger* through *sender*; *roll* gives the jitter, in [0, 1)."""
+        self._ledger = ledger
+        self._roll = roll
+        self._on_settled = on_settled
+        self._inbox: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Sender, Record, bytes] | None] = queue.SimpleQueue()
+        self._workers = 0
+        self._arrived: list[_Answer] = []
+        self._unwritten: list[Settlement] = []
+        self._rewrite_at = 0.0
+        self._busy: set[str] = set()
+        self._ready: dict[str, None] = {}
+        self._cursor = ""
+        self._ends_to_pass = 2
+        self._probe_cursor = ""
+        self._seen_file: tuple[int, int, int] | None = None
+        self._seen_version: int | None = None
+        self._look_at = 0.0
+        self._maintain_at = 0.0
+        self._server_skew_s: float | None = None
+        self._has_verdict = False
+        _, self._health, self._deliveries = ledger.destination()
+        self.configure(sender, options, here)
+        if self._health.retry_at is not None:
+            # Believed only so far ahead, in case this host's clock was wrong when it was written.
+            left = self._health.retry_at - time.time()
+            if 0 < left <= 3600:
+                self._pace.paused_until = time.monotonic() + left
+
+    def configure(self, sender: Sender, options: Options, here: Destination) -> None:
+        """Use other settings from now on; requests under way end as they began."""
+        self._sender = sender
+        self._options = options
+        self._here = here
+        self._limits = Limits(options.max_event_attempts, options.give_up_after)
+        self._pace = Pace(options.concurrency, options.max_backoff)
+        self._look_again()
+
+    def wake(self) -> None:
+        """Make the loop look up at once; safe in signal handlers and other threads."""
+        self._inbox.put(None)
+
+    def run(self, is_done: Callable[[], bool]) -> None:
+        """Deliver until *is_done*, which is asked at least every POLL_S seconds."""
+        while not is_done():
+            self._wait(self.step(time.monotonic()))
+
+    def step(self, now: float) -> float:
+        """Settle what arrived, send what may be sent; returns when to come again at the latest (monotonic seconds)."""
+        try:
+            if self._arrived or self._unwritten:
+                self._settle(now)
+            if now >= self._rewrite_at:
+                self._notice(now)
+                self._dispatch(now)
+                self._maintain(now)
+        except OutboxError as exc:
+            if now >= self._rewrite_at:
+                logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+            self._rewrite_at = now + REWRITE_S
+        due = self._pace.next_due(now)
+        return min(now + POLL_S, due) if due is not None and due > now else now + POLL_S
+
+    def finish(self, grace_s: float) -> int:
+        """Wait up to *grace_s* for requests under way and settle them; returns how many remain unanswered."""
+        end = time.monotonic() + grace_s
+        while self._busy and time.monotonic() < end:
+            self._take(min(POLL_S, max(0.0, end - time.monotonic())))
+            if self._arrived or self._unwritten:
+                try:
+                    self._settle(time.monotonic())
+                except OutboxError as exc:
+                    logger.error("%s", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+                    break
+        for _ in range(self._workers):
+            self._work.put(None)
+        return len(self._busy)
+
+    def is_drained(self) -> bool:
+        """Tell whether nothing is pending and nothing is under way."""
+        return not self._busy and not self._unwritten and self._ledger.pending() == 0
+
+    # --- waiting and noticing
+
+    def _wait(self, until: float) -> None:
+        self._take(max(0.0, until - time.monotonic()))
+
+    def _take(self, timeout: float) -> None:
+        try:
+            answer = self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait()
+            while True:
+                if answer is not None:
+                    self._arrived.append(answer)
+                answer = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _notice(self, now: float) -> None:
+        """Look again for keys when another process has committed."""
+        file = _file_times(self._ledger.store.path)
+        if file == self._seen_file and now < self._look_at:
+            return
+        self._seen_file = file
+        self._look_at = now + LOOK_S
+        version = self._ledger.data_version()
+        if version != self._seen_version:
+            self._seen_version = version
+            self._look_again()
+
+    def _look_again(self) -> None:
+        # Two ends passed mean that every key has been seen once since now, wherever the cursor stood.
+        self._ends_to_pass = 2
+
+    # --- choosing
+
+    def _dispatch(self, now: float) -> None:
+        while len(self._busy) < self._pace.limit(now):
+            found = self._next(now)
+            if found is None:
+                return
+            record, payload = found
+            if not is_intact(record, payload):
+                self._condemn(record)
+                continue
+            self._busy.add(record.product_name)
+            self._work.put((self._sender, record, payload))
+            self._start_worker()
+
+    def _next(self, now: float) -> tuple[Record, bytes] | None:
+        """Return the next record to send, of a key that is neither busy nor waiting."""
+        if self._pace.is_open:
+            return self._probe()
+        retrying = sum(self._pace.is_retrying(key) for key in self._busy)
+        while retrying < self._pace.max_retrying():
+            key = self._pace.first_due(now, self._busy)
+            if key is None:
+                break
+            found = self._ledger.head(key)
+            if found is not None:
+                return found
+            self._pace.forget(key)
+        while True:
+            if not self._ready and not self._refill():
+                return None
+            if not self._ready:
+                continue
+            key = next(iter(self._ready))
+            del self._ready[key]
+            if key in self._busy or self._pace.is_retrying(key):
+                continue
+            found = self._ledger.head(key)
+            if found is not None:
+                if self._ends_to_pass and len(self._ready) < WINDOW // 2:
+                    self._refill()
+                return found
+
+    def _refill(self) -> bool:
+        """Look for more keys; False when all have been seen."""
+        if not self._ends_to_pass:
+            return False
+        seek = self._ledger.keys(self._cursor, REFILL, _Known(self._busy, self._ready, self._pace))
+        self._ready.update(dict.fromkeys(seek.keys))
+        self._cursor = seek.after
+        if seek.is_end:
+            self._ends_to_pass -= 1
+        return True
+
+    def _probe(self) -> tuple[Record, bytes] | None:
+        """Return the head of a key not tried since the breaker opened, else of the next one in turn."""
+        for skip in (self._pace.tried, frozenset()):
+            ends = 0
+            while ends < 2:
+                seek = self._ledger.keys(self._probe_cursor, 1, skip)
+                self._probe_cursor = seek.after
+                ends += seek.is_end
+                for key in seek.keys:
+                    found = self._ledger.head(key)
+                    if found is not None:
+                        return found
+        return None
+
+    def _condemn(self, record: Record) -> None:
+        detail = "the record's digest does not fit: its content was altered on the disk; it was not sent"
+        self._ledger.condemn(record, detail, time.time())
+        self._make_ready(record.product_name)
+        logger.error("record %d is damaged and was not sent", record.id, extra={"action": "damaged", "record": record.id})
+
+    def _make_ready(self, key: str) -> None:
+        if len(self._ready) < WINDOW:
+            self._ready[key] = None
+        else:
+            self._look_again()  # the rotation comes back to it: keys beyond the window get their turn
+
+    # --- sending
+
+    def _start_worker(self) -> None:
+        if self._workers < min(len(self._busy), self._options.concurrency):
+            self._workers += 1
+            threading.Thread(target=self._serve, name=f"sender-{self._workers}", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            task = self._work.get()
+            if task is None:
+                return
+            sender, record, payload = task
+            started = time.monotonic()
+            try:
+                outcome = sender.send(record.kind, payload, record.idempotency_key)
+            except Exception as exc:  # noqa: BLE001  # an answer must come back, or its key would wait for ever
+                outcome = no_answer(f"internal error while sending: {type(exc).__name__}")
+            self._inbox.put(_Answer(record, outcome, time.time(), time.monotonic() - started))
+
+    # --- settling
+
+    def _settle(self, now: float) -> None:
+        """Decide on the answers that arrived and commit; after that, and only then, their keys go on."""
+        answers, self._arrived = self._arrived, []
+        self._unwritten += [self._judge(answer, now) for answer in answers]
+        if now < self._rewrite_at and not answers:
+            return
+        written = self._unwritten
+        before = self._health
+        health = self._health_after(written, now) if answers else self._health
+        self._health = health
+        self._ledger.settle(written, health, self._here)
+        self._unwritten = []
+        self._rewrite_at = 0.0
+        for settlement in written:
+            key = settlement.record.product_name
+            self._busy.discard(key)
+            if not self._pace.is_retrying(key):
+                self._make_ready(key)
+            _log(settlement)
+            self._on_settled(settlement)
+        if health.state != before.state:
+            _log_health(health, self._here)
+
+    def _judge(self, answer: _Answer, now: float) -> Settlement:
+        record, outcome, at, duration_s = answer
+        decision = decide(
+            outcome,
+            Counters(record.counted, record.counted_since, record.counted_mark),
+            self._limits,
+            queued_at=record.queued_at,
+            deliveries=self._deliveries,
+            had_unanswered=record.unanswered > 0,
+            now=at,
+        )
+        if decision.state == "delivered":
+            self._deliveries += 1
+        if outcome.server_time is not None:
+            self._server_skew_s = at - outcome.server_time
+        if outcome.is_verdict:
+            self._has_verdict = True
+            if self._pace.is_open:
+                self._look_again()  # the keys that waited are forgotten there and found again
+            self._pace.verdict(record.product_name)
+        elif decision.state == "failed":
+            self._pace.forget(record.product_name)
+        elif self._pace.failed(record.product_name, outcome, now, self._roll()):
+            self._look_again()
+        return Settlement(record, outcome, decision, at, duration_s)
+
+    def _health_after(self, settlements: list[Settlement], now: float) -> Health:
+        """Return the destination's state; one failing event among healthy ones does not make it bad."""
+        health = self._health
+        for settlement in settlements:
+            outcome, at = settlement.outcome, settlement.at
+            if outcome.is_verdict:
+                state, reason = "up", None
+            elif self._has_verdict and self._pace.failures_in_a_row < 2:
+                continue
+            else:
+                state, reason = STATE_OF[outcome.reason], outcome.detail
+            since = health.since if state == health.state else at
+            health = Health(state, reason, since, retry_at=health.retry_at)
+            if outcome.wait_s and (self._pace.is_open or outcome.reason == "rate_limited"):
+                health = health._replace(retry_at=at + outcome.wait_s)
+        due = self._pace.next_due(now)
+        if health.state == "up":
+            return health._replace(next_attempt_at=None, retry_at=None)
+        return health._replace(next_attempt_at=time.time() + max(0.0, due - now) if due is not None else None)
+
+    def _maintain(self, now: float) -> None:
+        """Look after the file, in small steps and only while nothing is to be sent."""
+        if now < self._maintain_at or self._busy or self._ready:
+            return
+        self._maintain_at = now + MAINTENANCE_S
+        wall = time.time()
+        self._ledger.sweep_batches(wall)
+        self._ledger.keep_reserve()
+        if self._server_skew_s is None or abs(self._server_skew_s) > MAX_CLOCK_SKEW_S:
+            return  # a host that boots a year ahead must not lose its window
+        if self._ledger.prune(wall - self._options.retention_days * 86_400):
+            self._ledger.give_space_back()
+            self._maintain_at = now + POLL_S
+
+
+class _Known:
+    """The keys that need no looking for: under way, ready, or waiting."""
+
+    def __init__(self, busy: set[str], ready: dict[str, None], pace: Pace) -> None:
+        self._busy, self._ready, self._pace = busy, ready, pace
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._busy or key in self._ready or (isinstance(key, str) and self._pace.is_retrying(key))
+
+
+def _file_times(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _log(settlement: Settlement) -> None:
+    record, outcome, decision, _, duration_s = settlement
+    what = printable(f"{record.kind} {record.product_name} {record.version} {record.status}")
+    extra = {"action": decision.state, "record": record.id, "product": record.product_name}
+    if decision.state == "delivered":
+        logger.info("delivered %d: %s (%.2f s)", record.id, what, duration_s, extra=extra)
+    elif decision.state == "failed":
+        words = printable(decision.detail)
+        logger.error("refused %d: %s: %s: %s", record.id, what, decision.reason, words, extra=extra)
+    else:
+        logger.debug("waiting %d: %s: %s", record.id, what, printable(outcome.detail), extra=extra)
+
+
+def _log_health(health: Health, here: Destination) -> None:
+    where = printable(str(here.origin))
+    extra = {"action": "destination", "state": health.state}
+    if health.state == "up":
+        logger.info("the API is up: %s", where, extra=extra)
+    else:
+        words, advice = printable(health.reason or ""), ADVICE.get(health.state, "")
+        logger.warning("the API is %s (%s): %s; %s", health.state, where, words, advice, extra=extra)

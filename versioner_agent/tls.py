@@ -1,0 +1,112 @@
+"""Trust: which certificates to believe, and what to say when one is not believed.
+
+The operating system's store is used, as curl and the official CLI do, so that a company's own authority installed on the
+host is enough. When a certificate is refused, a second handshake without data reads who issued it, for "certificate
+verify failed" alone sends people to the wrong place.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+
+from versioner_agent.errors import ConfigError
+
+#: Where distributions keep the store, for Pythons that were built to look elsewhere.
+_SYSTEM_STORES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+_COMMON_NAME = bytes((0x55, 0x04, 0x03))  # OID 2.5.4.3
+_ORGANISATION = bytes((0x55, 0x04, 0x0A))  # OID 2.5.4.10
+
+
+def trust(ca_bundle: str | None) -> tuple[ssl.SSLContext, str]:
+    """Return a verifying context and the name of the store it uses; raises ConfigError for an unusable *ca_bundle*.
+
+    SSL_CERT_FILE and SSL_CERT_DIR replace the system's store, as in every program that uses OpenSSL.
+    """
+    if ca_bundle:
+        try:
+            return ssl.create_default_context(cafile=ca_bundle), f"ca_bundle {ca_bundle}"
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigError([f"ca_bundle: can't read certificates from {ca_bundle}: {exc}"]) from exc
+    paths = ssl.get_default_verify_paths()
+    named = os.environ.get(paths.openssl_cafile_env) or os.environ.get(paths.openssl_capath_env)
+    if named:
+        return ssl.create_default_context(), f"{paths.openssl_cafile_env} {named}"
+    if paths.cafile or (paths.capath and os.listdir(paths.capath)):
+        return ssl.create_default_context(), f"the system's store {paths.cafile or paths.capath}"
+    for store in _SYSTEM_STORES:
+        if os.path.isfile(store):
+            return ssl.create_default_context(cafile=store), f"the system's store {store}"
+    return ssl.create_default_context(), "an empty trust store"
+
+
+def explain(exc: ssl.SSLCertVerificationError, store: str, host: str, port: int, timeout: float | None) -> str:
+    """Say why a certificate was refused: the reason, its issuer where it can be read, and the store used."""
+    reason = exc.verify_message or str(exc)
+    issuer = issuer_of(host, port, timeout) if timeout else None
+    issued = f" (issued by {issuer})" if issuer else ""
+    return f"the certificate of {host}{issued} is not trusted: {reason}; checked against {store}"
+
+
+def issuer_of(host: str, port: int, timeout: float) -> str | None:
+    """Return the issuer of the certificate that *host* shows; None where it can't be read within *timeout* seconds."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent over this connection
+    try:
+        with (
+            socket.create_connection((host, port), timeout=timeout) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secure,
+        ):
+            certificate = secure.getpeercert(binary_form=True)
+        return issuer_name(certificate) if certificate else None
+    except (OSError, ValueError):
+        return None
+
+
+def issuer_name(certificate: bytes) -> str | None:
+    """Read the issuer's name from a DER certificate (RFC 5280 section 4.1); raises ValueError for garbage."""
+    try:
+        outer = _contents(certificate, 0)[0]
+        fields = _children(_children(outer)[0][1])
+    except IndexError as exc:
+        raise ValueError("not a certificate") from exc
+    if fields and fields[0][0] == 0xA0:
+        fields = fields[1:]  # the version, left out by version 1
+    names: dict[bytes, str] = {}
+    for _, relative_name in _children(fields[2][1]) if len(fields) > 2 else []:
+        for _, pair in _children(relative_name):
+            parts = _children(pair)
+            if len(parts) == 2:
+                names[parts[0][1]] = parts[1][1].decode("utf-8", "replace")
+    return names.get(_COMMON_NAME) or names.get(_ORGANISATION)
+
+
+def _children(data: bytes) -> list[tuple[int, bytes]]:
+    """Split the contents of a DER constructed value into (tag, contents)."""
+    found = []
+    position = 0
+    while position < len(data):
+        tag = data[position]
+        contents, position = _contents(data, position)
+        found.append((tag, contents))
+    return found
+
+
+def _contents(data: bytes, position: int) -> tuple[bytes, int]:
+    """Return the contents of the DER value at *position* and where the next one starts (X.690 section 8.1)."""
+    length = data[position + 1]
+    start = position + 2
+    if length & 0x80:
+        size = length & 0x7F
+        length = int.from_bytes(data[start : start + size], "big")
+        start += size
+    if start + length > len(data):
+        raise ValueError("a DER value ends behind its data")
+    return data[start : start + length], start + length
