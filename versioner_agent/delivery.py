@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +21,7 @@ import httpx
 from versioner_agent import __version__, tls
 from versioner_agent.errors import ConfigError
 from versioner_agent.outcomes import Outcome, classify, no_answer, no_key, proxy_refused
+from versioner_agent.urls import place_of
 
 MAX_ANSWER_BYTES = 64 * 1024
 ENDPOINTS = {"build": "/build-events/", "deployment": "/deployment-events/"}
@@ -72,7 +73,9 @@ class Sender:
             return no_key("there is no API key (VERSIONER_API_KEY, or a file named by api_key_file)")
         _current.deadline = time.monotonic() + self._target.timeout
         try:
-            return self._post(kind, payload, {"Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}, key)
+            return self._post(
+                kind, payload, {"Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}, key
+            )
         except Exception as exc:  # noqa: BLE001  # whatever the network does, it is an outcome
             return self._failure(exc, key)
 
@@ -96,11 +99,11 @@ class Sender:
         host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
         where = f"{host}:{port}"
         if self._target.proxy:
-            where += f" through the proxy {_place(self._target.proxy)}"
+            where += f" through the proxy {place_of(self._target.proxy)}"
         if isinstance(exc, httpcore.ProxyError):
             words = str(exc)
             status = int(words[:3]) if words[:3].isdigit() else None
-            return proxy_refused(f"the proxy {_place(self._target.proxy or '')} refused: {words}", status)
+            return proxy_refused(f"the proxy {place_of(self._target.proxy or '')} refused: {words}", status)
         refused = _cause(exc, ssl.SSLCertVerificationError)
         if isinstance(refused, ssl.SSLCertVerificationError):
             left = None if self._target.proxy else max(0.1, min(5.0, _time_left()))
@@ -109,32 +112,6 @@ class Sender:
             return no_answer(f"no complete answer from {where} within {self._target.timeout:g} s")
         words = " ".join(str(exc).replace(key, "***").split()) or type(exc).__name__
         return no_answer(f"{_WHAT.get(type(exc), 'request failed')} ({where}): {words}")
-
-
-def proxy_for(api_url: str, settings: tuple[str | None, str | None], env: Mapping[str, str]) -> str | None:
-    """Return the proxy for *api_url*: *settings* are (proxy, no_proxy), else the usual variables; loopback has none."""
-    url = urlsplit(api_url)
-    host = (url.hostname or "").lower()
-    proxy = settings[0] or _first(env, f"{url.scheme}_proxy", "all_proxy")
-    if not proxy or is_loopback(host):
-        return None
-    exceptions = settings[1] if settings[1] is not None else _first(env, "no_proxy")
-    if any(_matches(host, url.port, entry) for entry in (exceptions or "").split(",")):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether *host* names this machine only (RFC 6761 section 6.3 for localhost)."""
-    import ipaddress  # noqa: PLC0415
-
-    name = host.strip("[]").rstrip(".").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 class _Transport(httpx.BaseTransport):
@@ -182,7 +159,7 @@ class _Stream(httpx.SyncByteStream):
 class _DeadlineBackend(httpcore.SyncBackend):
     """Caps every socket operation at what is left of the POST's deadline."""
 
-    def connect_tcp(  # noqa: D102
+    def connect_tcp(
         self,
         host: str,
         port: int,
@@ -251,9 +228,9 @@ def _pool(target: Target, context: ssl.SSLContext) -> httpcore.ConnectionPool:
         return httpcore.ConnectionPool(**shared)
     url = urlsplit(target.proxy)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError([f"proxy: {_place(target.proxy)} must be an http:// or https:// URL"])
+        raise ConfigError([f"proxy: {place_of(target.proxy)} must be an http:// or https:// URL"])
     auth = (unquote(url.username or ""), unquote(url.password or "")) if url.username else None
-    place = f"{url.scheme}://{_place(target.proxy)}"
+    place = f"{url.scheme}://{place_of(target.proxy)}"
     return httpcore.HTTPProxy(place, proxy_auth=auth, **shared)
 
 
@@ -292,24 +269,3 @@ def _cause(exc: BaseException | None, wanted: type[BaseException]) -> BaseExcept
     while exc is not None and not isinstance(exc, wanted):
         exc = exc.__cause__ or exc.__context__
     return exc
-
-
-def _place(proxy: str) -> str:
-    """Return host and port of a proxy URL, without the password it may carry."""
-    return urlsplit(proxy).netloc.rpartition("@")[2]
-
-
-def _first(env: Mapping[str, str], *names: str) -> str | None:
-    found = (env.get(spelling) for name in names for spelling in (name, name.upper()))
-    return next((value for value in found if value), None)
-
-
-def _matches(host: str, port: int | None, entry: str) -> bool:
-    """Tell whether a NO_PROXY entry covers *host*: a name, a domain with or without dot, host:port, or `*`."""
-    name, _, wanted_port = entry.strip().lower().partition(":")
-    if not name:
-        return False
-    if wanted_port and wanted_port != str(port or ""):
-        return False
-    domain = name.lstrip("*").lstrip(".")
-    return name == "*" or host == domain or host.endswith("." + domain)

@@ -44,9 +44,7 @@ _DEPLOYMENT = ("deployment",)
 FIELDS = (
     Field("product_name", "--product", "string", "Product or service.", required=True),
     Field("version", "--version", "string", "Version built or deployed.", required=True),
-    Field(
-        "environment_name", "--environment", "string", "Target environment.", _DEPLOYMENT, required=True
-    ),
+    Field("environment_name", "--environment", "string", "Target environment.", _DEPLOYMENT, required=True),
     Field("status", "--status", "status", "What happened; the API's aliases work, in any case.", required=True),
     Field("scm_branch", "--scm-branch", "string", "Branch."),
     Field("scm_sha", "--scm-sha", "string", "Commit; the API binds a version to its first one."),
@@ -100,9 +98,7 @@ _CANONICAL_OF: dict[str, dict[str, str]] = {
 }
 ENDED = ("completed", "failed", "aborted")
 
-_TIMESTAMP = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
-)
+_TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 class Event(NamedTuple):
@@ -206,7 +202,8 @@ def validate(kind: str, fields: Mapping[str, Any], *, allow_unknown: bool = Fals
     known = _FIELDS_OF[kind]
     checked: dict[str, Any] = {}
     problems: list[str] = []
-    for name, value in fields.items():
+    given: Mapping[Any, Any] = fields  # a script may pass anything
+    for name, value in given.items():
         field = known.get(name)
         if field is not None:
             _check_field(field, kind, value, checked, problems)
@@ -286,7 +283,7 @@ def payload(event: Event, stamp: Stamp) -> bytes:
 def automatic_times(event: Event) -> tuple[str, ...]:
     """Name the time fields that queuing fills in: delivery may come weeks later, the event's time must not."""
     status = event.fields["status"]
-    wanted = ()
+    wanted: tuple[str, ...] = ()
     if status in ENDED:
         wanted = ("completed_at",)
     elif status == "started" and event.kind == "build":
@@ -314,9 +311,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def _encode(value: Any) -> bytes:
-    return json.dumps(
-        value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")
-    ).encode()
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _infer_and_validate(fields: dict[str, Any], kind: str | None, *, allow_unknown: bool) -> Event:
@@ -346,9 +341,7 @@ def _refuse_half_a_deployment(fields: dict[str, Any]) -> None:
         )
 
 
-def _check_field(
-    field: Field, kind: str, value: Any, checked: dict[str, Any], problems: list[str]
-) -> None:
+def _check_field(field: Field, kind: str, value: Any, checked: dict[str, Any], problems: list[str]) -> None:
     """Put the canonical value into *checked*, or what is wrong into *problems*."""
     if value is None:
         return
@@ -424,9 +417,7 @@ def _metadata_problems(value: Any) -> list[str]:
     if not problems:
         size = len(_encode(value))
         if size > MAX_METADATA_BYTES:
-            problems.append(
-                f"extra_metadata: is {size} bytes of JSON, over the limit of {MAX_METADATA_BYTES}"
-            )
+            problems.append(f"extra_metadata: is {size} bytes of JSON, over the limit of {MAX_METADATA_BYTES}")
     return problems
 
 

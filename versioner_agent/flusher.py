@@ -1,9 +1,9 @@
-"""The flusher: which event goes next, and what its answer does to the outbox. One step at a time, and a loop around it.
+"""The flusher: which event goes next, and what its answer does to the outbox. A step, and a loop around it.
 
-Worker threads send; the thread that owns the ledger chooses, decides and commits. A key's next event is sent, and a slot
-freed, only after the commit of the decision before it, so a crash repeats at most `concurrency` requests. Settling takes
-whatever answers have arrived in one transaction and never waits for more. Memory holds a window of keys, never the
-backlog.
+Worker threads send; the thread that owns the ledger chooses, decides and commits. A key's next event is sent, and a
+slot freed, only after the commit of the decision before it, so a crash repeats at most `concurrency` requests. Settling
+takes whatever answers have arrived in one transaction and never waits for more. Memory holds a window of keys, never
+the backlog.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Flusher:
         self._server_skew_s: float | None = None
         self._has_verdict = False
         _, self._health, self._deliveries = ledger.destination()
+        self._pace = Pace(options.concurrency, options.max_backoff)
         self.configure(sender, options, here)
         if self._health.retry_at is not None:
             # Believed only so far ahead, in case this host's clock was wrong when it was written.
@@ -108,7 +109,7 @@ class Flusher:
         self._options = options
         self._here = here
         self._limits = Limits(options.max_event_attempts, options.give_up_after)
-        self._pace = Pace(options.concurrency, options.max_backoff)
+        self._pace = Pace(options.concurrency, options.max_backoff, self._pace.paused_until)
         self._look_again()
 
     def wake(self) -> None:
@@ -123,14 +124,15 @@ class Flusher:
     def step(self, now: float) -> float:
         """Settle what arrived, send what may be sent; returns when to come again at the latest (monotonic seconds)."""
         try:
-            if self._arrived or self._unwritten:
+            if self._arrived or (self._unwritten and now >= self._rewrite_at):
                 self._settle(now)
             if now >= self._rewrite_at:
                 self._notice(now)
                 self._dispatch(now)
                 self._maintain(now)
+                self._rewrite_at = 0.0
         except OutboxError as exc:
-            if now >= self._rewrite_at:
+            if not self._rewrite_at:  # once, however long it lasts
                 logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
             self._rewrite_at = now + REWRITE_S
         due = self._pace.next_due(now)
@@ -258,7 +260,9 @@ class Flusher:
         detail = "the record's digest does not fit: its content was altered on the disk; it was not sent"
         self._ledger.condemn(record, detail, time.time())
         self._make_ready(record.product_name)
-        logger.error("record %d is damaged and was not sent", record.id, extra={"action": "damaged", "record": record.id})
+        logger.error(
+            "record %d is damaged and was not sent", record.id, extra={"action": "damaged", "record": record.id}
+        )
 
     def _make_ready(self, key: str) -> None:
         if len(self._ready) < WINDOW:
@@ -292,15 +296,12 @@ class Flusher:
         """Decide on the answers that arrived and commit; after that, and only then, their keys go on."""
         answers, self._arrived = self._arrived, []
         self._unwritten += [self._judge(answer, now) for answer in answers]
-        if now < self._rewrite_at and not answers:
-            return
         written = self._unwritten
         before = self._health
         health = self._health_after(written, now) if answers else self._health
         self._health = health
         self._ledger.settle(written, health, self._here)
         self._unwritten = []
-        self._rewrite_at = 0.0
         for settlement in written:
             key = settlement.record.product_name
             self._busy.discard(key)

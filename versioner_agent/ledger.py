@@ -183,9 +183,7 @@ class Ledger:
             delivered = [s.at for s in settlements if s.decision.state == "delivered"]
             if any(s.outcome.is_verdict for s in settlements):
                 connection.execute(BIND, here)
-            connection.execute(
-                UPDATE_DESTINATION, (*health, len(delivered), delivered[-1] if delivered else None)
-            )
+            connection.execute(UPDATE_DESTINATION, (*health, len(delivered), delivered[-1] if delivered else None))
 
 
 def _write(connection: sqlite3.Connection, settlement: Settlement) -> None:

@@ -92,7 +92,7 @@ class WriteQueue:
         import threading  # noqa: PLC0415
 
         fd = self._fd
-        assert fd is not None  # noqa: S101  # acquire opened it
+        assert fd is not None  # acquire opened it
         guard = threading.Lock()
         done = threading.Event()
         is_abandoned = False
@@ -139,7 +139,7 @@ class FlusherLock:
         """Become the one who delivers; False if somebody else does. Raises OSError."""
         if not self._lock(_DELIVERING):
             return False
-        assert self._fd is not None  # noqa: S101
+        assert self._fd is not None
         note = f"{os.getpid()}\n".encode()
         os.pwrite(self._fd, note, 0)
         os.ftruncate(self._fd, len(note))

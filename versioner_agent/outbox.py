@@ -203,9 +203,7 @@ class Outbox:
         kind, fields = ready.event
         names = (fields["product_name"], fields["version"], fields.get("environment_name"), fields["status"])
         run = (fields.get("invoke_id"), context.run_attempt)
-        signed = digest(
-            record_id, ready.event_id, kind, names, run, occurrence, context.now, None, ready.payload
-        )
+        signed = digest(record_id, ready.event_id, kind, names, run, occurrence, context.now, None, ready.payload)
         state = "pending" if context.batch is None else "staged"
         return (
             record_id, ready.event_id, state, kind, *names, *run, ready.content, ready.identity, occurrence,
@@ -247,9 +245,7 @@ FIND_NEWEST_OF_RUN = f"""
 """  # noqa: S608
 
 
-def _look_up(
-    connection: sqlite3.Connection, ready: _Ready, context: _Context
-) -> tuple[tuple[int, str] | None, int]:
+def _look_up(connection: sqlite3.Connection, ready: _Ready, context: _Context) -> tuple[tuple[int, str] | None, int]:
     """Return (id and event_id of the record it repeats or None, the occurrence to insert with)."""
     if ready.identity is None:
         return None, 0
@@ -269,9 +265,7 @@ def _look_up(
     return ((live[0][0], live[0][1]), occurrence) if live else (None, occurrence)
 
 
-def _receipt(
-    outcome: str, record_id: int, event_id: str, event: events.Event, context: _Context
-) -> Receipt:
+def _receipt(outcome: str, record_id: int, event_id: str, event: events.Event, context: _Context) -> Receipt:
     fields = event.fields
     has_no_time = not events.clock_is_plausible(context.now) and events.automatic_times(event)
     return Receipt(

@@ -92,7 +92,9 @@ def classify(status: int, headers: Mapping[str, str], body: bytes, now: float) -
         code=rule.get("code"),
         rule=rule.get("rule"),
         retry_after=rule.get("retry_after"),
-        wait_s=retry_after_s(headers.get("retry-after"), server_time, now) if status in _WAIT or status >= 500 else None,
+        wait_s=retry_after_s(headers.get("retry-after"), server_time, now)
+        if status in _WAIT or status >= 500
+        else None,
         # A proven 500/501, or a filter's 403/413, may be about this one body.
         counts=(status in (500, 501) and words is not None) or (status in (403, 413) and words is None),
         server_time=server_time,

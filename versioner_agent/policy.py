@@ -44,7 +44,7 @@ class Decision(NamedTuple):
     is_late: bool = False
 
 
-def decide(  # noqa: PLR0913  # everything it may know, and nothing else
+def decide(  # everything it may know, and nothing else
     outcome: Outcome,
     counters: Counters,
     limits: Limits,
@@ -158,7 +158,9 @@ class Pace:
             self.paused_until = max(self.paused_until, now + wait)
         previous = self._delays.get(key)
         failures = previous.failures + 1 if previous else 1
-        has_forgotten = self._remember(key, _Delay(failures, now + max(backoff_s(failures, roll, self.max_backoff), wait)))
+        has_forgotten = self._remember(
+            key, _Delay(failures, now + max(backoff_s(failures, roll, self.max_backoff), wait))
+        )
         self._streak = [*self._streak, (key, outcome.is_answered)][-OPEN_AFTER:]
         if self.is_open:
             self._open_failures += 1

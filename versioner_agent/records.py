@@ -92,7 +92,7 @@ def time_json(seconds: float | None) -> str | None:
     return None if seconds is None else rfc3339(seconds)
 
 
-def digest(  # noqa: PLR0913  # exactly what must not change
+def digest(  # exactly what must not change
     record_id: int,
     event_id: str,
     kind: str,

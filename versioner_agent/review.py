@@ -63,9 +63,9 @@ class Verdict(NamedTuple):
 def stats(store: Store) -> Stats:
     """Return the outbox at a glance; a handful of index look-ups, whatever its size."""
     with store.read() as connection:
-        size = connection.execute(
-            "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-        ).fetchone()[0]
+        size = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[
+            0
+        ]
         tally = dict(connection.execute("SELECT state, n FROM tally").fetchall())
         published = connection.execute(COUNT_PUBLISHED).fetchone()[0] if tally["staged"] else 0
         oldest = connection.execute(OLDEST_PENDING).fetchone()
@@ -239,3 +239,6 @@ RETRY = """
 DISCARD = """
     UPDATE record SET state = 'discarded', held_since = NULL, settled_at = ? WHERE id = ?
 """
+
+#: What `status` says of an outbox that was never made.
+EMPTY = Stats(0, dict.fromkeys(STATES, 0), None, None, None, [], Destination(None, None), Health())

@@ -26,7 +26,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO, NamedTuple, Self
+from io import BufferedIOBase
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs
 
 from versioner_agent.events import canonical_status, rfc3339
@@ -38,23 +39,27 @@ IDLE_TIMEOUT_S = 60.0  # a connection that says nothing for longer is closed
 STOP_TIMEOUT_S = 2.0  # how long `stop` waits for answers under way
 
 _KIND_OF = {"/build-events/": "build", "/deployment-events/": "deployment"}
+_METHODS = {**dict.fromkeys(_KIND_OF, ("POST",)), **dict.fromkeys(("/health", "/events"), ("GET", "HEAD"))}
 _REQUIRED = {
     "build": ("product_name", "version", "status"),
     "deployment": ("product_name", "version", "environment_name", "status"),
 }
 #: Type -> fields: the documentation's tables, and what the official CLI sends beyond them. Unknown fields are ignored.
-_TYPES: dict[str, tuple[type, str]] = {
+_TYPES: dict[str, tuple[type, tuple[str, ...]]] = {
     "str": (
         str,
-        "product_name version environment_name status scm_branch scm_sha scm_repository build_url build_number "
-        "source_system invoke_id deploy_url built_by built_by_email built_by_name deployed_by deployed_by_email "
-        "deployed_by_name",
+        (
+            *("product_name", "version", "environment_name", "status", "scm_branch", "scm_sha", "scm_repository"),
+            *("build_url", "build_number", "source_system", "invoke_id", "deploy_url"),
+            *("built_by", "built_by_email", "built_by_name"),
+            *("deployed_by", "deployed_by_email", "deployed_by_name"),
+        ),
     ),
-    "datetime": (str, "started_at completed_at"),
-    "bool": (bool, "skip_preflight_checks"),
-    "dict": (dict, "extra_metadata"),
+    "datetime": (str, ("started_at", "completed_at")),
+    "bool": (bool, ("skip_preflight_checks",)),
+    "dict": (dict, ("extra_metadata",)),
 }
-_TYPE_OF = {name: (word, kind) for word, (kind, names) in _TYPES.items() for name in names.split()}
+_TYPE_OF = {name: (word, kind) for word, (kind, names) in _TYPES.items() for name in names}
 _DATETIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
@@ -170,24 +175,22 @@ def answer(
     With *key*, any other one is refused; *blocked* names environments; *failure* is the answer to play to an event.
     """
     path, _, query = request.target.partition("?")
-    if path in _KIND_OF:
-        if request.method != "POST":
-            return _refusal(405, "Method Not Allowed", ("Allow", "POST"))
-        told = state.count(request.headers.get("idempotency-key"))
-        # In this order: a gateway fails without asking for the key; a repeat gets its first answer, whatever has changed.
-        refusal = failure or _key_refusal(request.headers.get("authorization", ""), key)
-        if refusal or told:
-            return refusal or _json(200, told, f"{_named(told or {})} (repeat)")
-        return _receive(_KIND_OF[path], request, state, blocked)
-    if f"{path}/" in _KIND_OF:
+    allowed = _METHODS.get(path)
+    if allowed is None:
+        if f"{path}/" not in _KIND_OF:
+            return _refusal(404, "Not Found")
         return Answer(307, (("Location", f"{path}/" + (f"?{query}" if query else "")),), b"")
-    if path not in ("/health", "/events"):
-        return _refusal(404, "Not Found")
-    if request.method not in ("GET", "HEAD"):
-        return _refusal(405, "Method Not Allowed", ("Allow", "GET"))
-    if path == "/health":
-        return _json(200, {"status": "ok"})
-    return _json(200, {"events": state.events(parse_qs(query).get("product", [None])[0])})
+    if request.method not in allowed:
+        return _refusal(405, "Method Not Allowed", ("Allow", ", ".join(allowed)))
+    if path not in _KIND_OF:
+        product = parse_qs(query).get("product", [None])[0]
+        return _json(200, {"status": "ok"} if path == "/health" else {"events": state.events(product)})
+    told = state.count(request.headers.get("idempotency-key"))
+    # In this order: a gateway fails without asking for the key; a repeat gets its first answer, whatever changed since.
+    refusal = failure or _key_refusal(request.headers.get("authorization", ""), key)
+    if told is not None and refusal is None:
+        return _json(200, told, f"{_named(told)} (repeat)")
+    return refusal or _receive(_KIND_OF[path], request, state, blocked)
 
 
 def _key_refusal(authorization: str, valid: str | None) -> Answer | None:
@@ -250,9 +253,11 @@ def _problems(kind: str, payload: dict[str, Any]) -> Iterator[tuple[str, str, st
             yield (name, "ensure this value has at least 1 characters", "value_error.any_str.min_length")
     for name, value in payload.items():
         word, expected = _TYPE_OF.get(name, ("", object))
-        if value is not None and not isinstance(value, expected):
+        if value is None:
+            continue
+        if not isinstance(value, expected):
             yield (name, f"{word} type expected", f"type_error.{word}")
-        elif word == "datetime" and value is not None and not _DATETIME.fullmatch(value):
+        elif word == "datetime" and not _DATETIME.fullmatch(str(value)):
             yield (name, "invalid datetime format", "value_error.datetime")
 
 
@@ -282,7 +287,7 @@ def _refusal(status: int, detail: Any, *headers: tuple[str, str]) -> Answer:
     return _json(status, {"detail": detail}, detail if isinstance(detail, str) else "", *headers)
 
 
-def read_body(headers: Mapping[str, str], stream: BinaryIO) -> bytes | Answer:
+def read_body(headers: Mapping[str, str], stream: BufferedIOBase) -> bytes | Answer:
     """Read a request's body, or return the refusal after which the connection must be closed.
 
     Raises ConnectionError when the client leaves in the middle. Lengths as in RFC 9112, section 6.
@@ -367,7 +372,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._write(self.server.respond(Request(self.command, self.path, headers, body)))
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        """Serve every method alike: the base class looks up `do_GET` and the like."""
+        if name.startswith("do_"):
+            return self._serve
+        raise AttributeError(name)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
         """Refuse what is no HTTP as the API refuses everything: with a `detail`."""
@@ -384,7 +393,7 @@ class _Handler(BaseHTTPRequestHandler):
         has_body = answer.status not in (204, 304)
         headers += [("Content-Length", str(len(answer.body)))] if has_body else []
         headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
-        phrase = self.responses.get(answer.status, ("Unknown", ""))[0]  # type: ignore[call-overload]
+        phrase = self.responses.get(answer.status, ("Unknown", ""))[0]
         lines = [f"HTTP/1.1 {answer.status} {phrase}", *(f"{name}: {value}" for name, value in headers)]
         head = "\r\n".join(line.replace("\r", "").replace("\n", "") for line in lines) + "\r\n\r\n"
         # In one write: an answer in two packets waits for the client's delayed acknowledgement.

@@ -1,7 +1,7 @@
 """Trust: which certificates to believe, and what to say when one is not believed.
 
-The operating system's store is used, as curl and the official CLI do, so that a company's own authority installed on the
-host is enough. When a certificate is refused, a second handshake without data reads who issued it, for "certificate
+The operating system's store is used, as curl and the official CLI do, so that a company's own authority installed on
+the host is enough. When a certificate is refused, a second handshake without data reads who issued it, for "certificate
 verify failed" alone sends people to the wrong place.
 """
 

@@ -1,0 +1,337 @@
+"""The agent (`run`) and its short-lived sibling (`flush`): locks, destination, signals, ordered shutdown.
+
+Signal handlers only set flags and wake the loop. The destination is checked before anything is sent: an outbox never
+delivers to two places.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import NamedTuple
+
+from versioner_agent import config, review, urls
+from versioner_agent.config import Settings
+from versioner_agent.delivery import Sender, Target
+from versioner_agent.errors import AgentError, CredentialsMissing, LockHeld, OtherDestination, OutboxError
+from versioner_agent.flusher import Flusher, Options
+from versioner_agent.ledger import Ledger, Settlement
+from versioner_agent.locks import FlusherLock
+from versioner_agent.outbox import Destination
+from versioner_agent.records import Record
+from versioner_agent.storage import OutboxMissing, Store
+from versioner_agent.text import key_account, printable
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 5.0  # what requests under way get when we are told to stop
+LOCK_POLL_S = 0.1
+
+
+class Drained(NamedTuple):
+    """What a flush came to."""
+
+    refused: list[Record]  # refused while it ran, at most as many as a page
+    pending: int
+    note: str = ""  # why something is left, for people
+
+
+class Agent:
+    """Delivers from one outbox until it is told to stop."""
+
+    def __init__(self, settings: Settings, env: Mapping[str, str], reload: Callable[[], Settings]) -> None:
+        """Use *settings*; *reload* reads them again, raising ConfigError for what can't be used."""
+        self._settings = settings
+        self._env = env
+        self._reload = reload
+        self._signals = 0
+        self._wants_reload = False
+        self._flusher: Flusher | None = None
+
+    def run(self) -> None:
+        """Deliver until SIGTERM or SIGINT; raises LockHeld, OtherDestination, ConfigError, OutboxError.
+
+        Requests under way get GRACE_S seconds then, and what was answered is settled. A second signal exits at once.
+        """
+        store = Store(self._settings.db, self._settings.busy_timeout)
+        lock = FlusherLock(store.path)
+        with self._handlers():
+            try:
+                ledger = Ledger(store)
+                ledger.open()
+                self._take_over(lock)
+                if not self._signals:
+                    self._deliver(ledger)
+            finally:
+                lock.close()
+                store.close()
+
+    def _take_over(self, lock: FlusherLock) -> None:
+        with _lock_errors(lock):
+            if not lock.claim_agent():
+                pid = lock.presence().pid
+                raise LockHeld(f"another agent (pid {pid or 'unknown'}) delivers from this outbox")
+            is_told = False
+            while not lock.claim_delivery():
+                if not is_told:
+                    logger.info("waiting for a flush (pid %s) to hand over", lock.presence().pid)
+                    is_told = True
+                if self._signals:
+                    return
+                time.sleep(LOCK_POLL_S)
+
+    def _deliver(self, ledger: Ledger) -> None:
+        sender, options, here = _delivery(self._settings, self._env)
+        _check_destination(ledger, here)
+        if _key_or_none(self._settings, self._env) is None:
+            logger.warning("there is no API key yet: events wait (VERSIONER_API_KEY, api_key_file)")
+        flusher = Flusher(ledger, sender, options, here)
+        self._flusher = flusher
+        logger.info(
+            "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
+        )
+        try:
+            while not self._signals:
+                flusher.run(lambda: bool(self._signals) or self._wants_reload)
+                if self._wants_reload and not self._signals:
+                    sender = self._apply_reload(flusher, ledger, sender)
+            unanswered = flusher.finish(GRACE_S)
+            if unanswered:
+                logger.warning("stopped with %d requests unanswered; they will be repeated", unanswered)
+        finally:
+            self._flusher = None
+            sender.close()
+        logger.info("stopped", extra={"action": "stop"})
+
+    def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender) -> Sender:
+        """Take the configuration as it is now, or keep the old one and say why."""
+        self._wants_reload = False
+        try:
+            settings = self._reload()
+            if os.path.realpath(settings.db) != ledger.store.path:
+                raise AgentError("another outbox (db) takes a restart")  # noqa: TRY301
+            fresh, options, here = _delivery(settings, self._env)
+            _check_destination(ledger, here)
+        except AgentError as exc:
+            logger.error("reload: %s; the old configuration stays", printable(exc.message))  # noqa: TRY400
+            return sender
+        flusher.configure(fresh, options, here)
+        self._settings = settings
+        logger.info("configuration read again", extra={"action": "reload"})
+        return fresh  # the old client lives on in the requests under way
+
+    @contextmanager
+    def _handlers(self) -> Iterator[None]:
+        names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {name: signal.signal(name, self._on_signal) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._wants_reload = True
+        else:
+            self._signals += 1
+            if self._signals > 1:
+                os._exit(128 + number)
+        if self._flusher is not None:
+            self._flusher.wake()
+
+
+def flush(
+    settings: Settings,
+    env: Mapping[str, str],
+    *,
+    timeout: float,
+    rebind: bool = False,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Drained:
+    """Deliver what is pending within *timeout* seconds (and what is under way then, within GRACE_S).
+
+    An outbox that others can write is left to its agent, and so is one whose agent is running: then this only waits.
+    *on_progress* gets the number still pending. Raises CredentialsMissing, OtherDestination, OutboxError.
+    """
+    end = time.monotonic() + timeout
+    started = time.time()
+    store = Store(settings.db, settings.busy_timeout)
+    ledger = Ledger(store)
+    lock = FlusherLock(store.path)
+    try:
+        if ledger.pending() == 0 and not rebind:
+            return Drained([], 0)
+        if rebind:
+            _rebind(ledger, lock)
+        _check_destination(ledger, _here(settings, env))
+        sharing = others_can_write(store.path)
+        if sharing:
+            note = f"{sharing}: only its agent delivers from it"
+            return _watch(ledger, lock, started, end, note, on_progress)
+        return _flush_own(ledger, lock, settings, env, (started, end), on_progress)
+    except OutboxMissing:
+        return Drained([], 0)
+    finally:
+        lock.close()
+        store.close()
+
+
+def others_can_write(path: str) -> str:
+    """Say how somebody else could put events into the outbox at *path*; empty when nobody can (root aside)."""
+    directory = os.path.dirname(path)
+    for name, found in ((path, os.stat(path)), (directory, os.stat(directory))):
+        is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        if found.st_mode & 0o022 and not is_sticky:
+            return f"others can write {name} (mode {stat.S_IMODE(found.st_mode):04o})"
+        if found.st_uid not in (os.geteuid(), 0):
+            return f"{name} belongs to uid {found.st_uid}"
+    return ""
+
+
+def _flush_own(
+    ledger: Ledger,
+    lock: FlusherLock,
+    settings: Settings,
+    env: Mapping[str, str],
+    span: tuple[float, float],
+    on_progress: Callable[[int], None],
+) -> Drained:
+    started, end = span
+    with _lock_errors(lock):
+        has_lock = not lock.presence().has_agent and lock.claim_delivery()
+    if not has_lock:
+        return _watch(ledger, lock, started, end, "its agent delivers from it", on_progress)
+    if _key_or_none(settings, env) is None:
+        config.read_key(settings, env)  # says why it can't be read, where there is a reason
+        raise CredentialsMissing(
+            "there is no API key to deliver with", "set VERSIONER_API_KEY, or api_key_file in the configuration"
+        )
+    sender, options, here = _delivery(settings, env)
+    refused: list[Record] = []
+
+    def on_settled(settlement: Settlement) -> None:
+        if settlement.decision.state == "failed":
+            refused.append(settlement.record._replace(reason=settlement.decision.reason, code=settlement.outcome.code))
+        on_progress(ledger.pending())
+
+    flusher = Flusher(ledger, sender, options, here, on_settled=on_settled)
+    interrupted = _Interrupted(flusher)
+    with interrupted.handlers():
+        flusher.run(
+            lambda: (
+                time.monotonic() >= end or bool(interrupted.signals) or lock.is_agent_waiting() or flusher.is_drained()
+            )
+        )
+        flusher.finish(GRACE_S)
+    sender.close()
+    if lock.is_agent_waiting():
+        lock.close()
+        rest = _watch(ledger, lock, time.time(), end, "its agent has taken over", on_progress)
+        return rest._replace(refused=refused + rest.refused)
+    pending = ledger.pending()
+    _, health, _ = ledger.destination()
+    why = f"the API is {health.state}: {printable(health.reason)}" if health.reason and health.state != "up" else ""
+    return Drained(refused, pending, why if pending else "")
+
+
+class _Interrupted:
+    """SIGINT and SIGTERM during a flush: settle what is under way, then leave; a second one leaves at once."""
+
+    def __init__(self, flusher: Flusher) -> None:
+        self.signals = 0
+        self._flusher = flusher
+
+    @contextmanager
+    def handlers(self) -> Iterator[None]:
+        before = {name: signal.signal(name, self._on_signal) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.signals += 1
+        if self.signals > 1:
+            os._exit(128 + number)
+        self._flusher.wake()
+
+
+def _watch(
+    ledger: Ledger, lock: FlusherLock, started: float, end: float, note: str, on_progress: Callable[[int], None]
+) -> Drained:
+    """Wait for whoever delivers until nothing is pending or *end* (monotonic seconds)."""
+    while True:
+        pending = ledger.pending()
+        on_progress(pending)
+        if pending == 0 or time.monotonic() >= end:
+            break
+        time.sleep(min(LOCK_POLL_S, max(0.0, end - time.monotonic())))
+    refused = review.failed_since(ledger.store, started)
+    if pending and not lock.presence().is_delivering:
+        note += ", and none is running"
+    return Drained(refused, pending, note if pending else "")
+
+
+def _rebind(ledger: Ledger, lock: FlusherLock) -> None:
+    with _lock_errors(lock):
+        if lock.presence().has_agent or not lock.claim_delivery():
+            raise LockHeld(
+                f"somebody delivers from this outbox (pid {lock.presence().pid or 'unknown'})",
+                "stop the agent, change its destination, then `flush --new-destination`",
+            )
+    ledger.unbind()
+    lock.close()
+
+
+def _delivery(settings: Settings, env: Mapping[str, str]) -> tuple[Sender, Options, Destination]:
+    proxy = urls.proxy_for(settings.api_url, (settings.proxy, settings.no_proxy), env)
+    target = Target(settings.api_url, settings.timeout, settings.concurrency, settings.ca_bundle, proxy)
+    sender = Sender(target, lambda: config.read_key(settings, env))
+    options = Options(**{name: settings.values[name] for name in Options._fields})
+    return sender, options, _here(settings, env)
+
+
+def _here(settings: Settings, env: Mapping[str, str]) -> Destination:
+    key = _key_or_none(settings, env)
+    return Destination(urls.origin_of(settings.api_url), key_account(key) if key else None)
+
+
+def _key_or_none(settings: Settings, env: Mapping[str, str]) -> str | None:
+    """Return the key, None also where it can't be read: the sender says why each time it matters."""
+    try:
+        return config.read_key(settings, env)
+    except AgentError:
+        return None
+
+
+def _check_destination(ledger: Ledger, here: Destination) -> None:
+    """Refuse to send elsewhere what waits for one place; an outbox with nothing pending may move."""
+    bound, _, _ = ledger.destination()
+    if not here.differs_from(bound):
+        return
+    pending = ledger.pending()
+    if pending:
+        raise OtherDestination(
+            f"{pending} pending events of this outbox are for {bound}, this is configured for {here}; nothing was sent",
+            "correct api_url and key, use another outbox (--db), or `flush --new-destination` to send them there",
+        )
+    ledger.unbind()
+
+
+@contextmanager
+def _lock_errors(lock: FlusherLock) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise OutboxError(
+            f"can't use the lock {lock.path}: {exc.strerror or exc}",
+            "only who may write the outbox may deliver from it",
+        ) from exc

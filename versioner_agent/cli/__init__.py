@@ -1,0 +1,142 @@
+"""The command line: a table of commands, loaded one at a time, and the boundary where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+import click
+
+from versioner_agent import __version__
+from versioner_agent.errors import AgentError
+
+
+class Entry(NamedTuple):
+    """Where a command lives and what `--help` says of it, so that help need not import it."""
+
+    module: str
+    attribute: str
+    summary: str
+
+
+#: In the order of `--help`.
+COMMANDS = {
+    "enqueue": Entry("enqueue", "enqueue", "Record an event in the local outbox."),
+    "run": Entry("run", "run", "Deliver in the foreground until told to stop (the agent)."),
+    "flush": Entry("flush", "flush", "Deliver what is pending now, then exit."),
+    "status": Entry("status", "status", "Show the outbox and its destination at a glance."),
+    "list": Entry("records", "list_records", "List records, the newest first."),
+    "show": Entry("records", "show", "Show one record with its payload and attempts."),
+    "retry": Entry("verdicts", "retry", "Send failed records again."),
+    "discard": Entry("verdicts", "discard", "Give up records for good."),
+    "sandbox": Entry("sandbox", "sandbox", "Run a local server that speaks the event API."),
+    "demo": Entry("demo", "demo", "See the whole story in ten seconds, without account or network."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the table's order."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        del ctx
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{entry.module}"), entry.attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the summaries without importing anything."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which one was probably meant."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from versioner_agent.events import nearest  # noqa: PLC0415  # only for mistyped commands
+
+            close = nearest(args[0], COMMANDS)
+            advice = f" Did you mean {close!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{advice}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="versioner-agent")
+def root() -> None:
+    """Buffer Versioner events on this host and deliver them in order.
+
+    `enqueue` writes an event to a local outbox and returns at once, network or not; `run` (or `flush`) delivers.
+
+    \b
+    Try it:  versioner-agent demo
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 outbox or I/O, 2 usage, 3 configuration, 4/5 refused, 75 queued."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A name that the terminal's encoding can't show must not end a build.
+            stream.reconfigure(errors="backslashreplace")
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence_stdout()
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        result = root.main(prog_name="versioner-agent", standalone_mode=False)
+    except AgentError as exc:
+        report(exc)
+        return exc.exit_code
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 0  # the reader has seen enough
+    except OSError as exc:
+        click.echo(f"error: {exc.strerror or exc}", err=True)
+        return 1
+    except Exception as exc:  # noqa: BLE001  # a traceback helps nobody on a build host
+        from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
+
+        click.echo(f"error: internal error: {type(exc).__name__}: {mask_keys(printable(str(exc)))}", err=True)
+        click.echo("hint: please report this with the command that led to it", err=True)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def report(exc: AgentError) -> None:
+    """Say an error and the next action on stderr."""
+    from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
+
+    lines = [printable(line) for line in exc.message.split("\n")]
+    click.echo(mask_keys("error: " + "\n".join(lines)), err=True)
+    if exc.hint:
+        click.echo(mask_keys(f"hint: {printable(exc.hint)}"), err=True)
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush has nothing to complain about."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = None

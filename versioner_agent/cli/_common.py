@@ -1,0 +1,82 @@
+"""What commands share: options made from the tables, settings, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from versioner_agent import config
+from versioner_agent.config import Settings
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
+
+
+def settings_options(*keys: str) -> Callable[[Decorated], Decorated]:
+    """Offer `--config`, `--verbose` and the flags of the given settings; they arrive under the settings' keys."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for key in reversed(("db", *keys)):
+            option = config.BY_KEY[key]
+            function = click.option(option.flag, key, metavar="PATH" if key == "db" else "VALUE", help=option.help)(
+                function
+            )
+        function = click.option("--config", metavar="PATH", help="Configuration file; replaces both standard ones.")(
+            function
+        )
+        return verbose_option(function)
+
+    return decorate
+
+
+#: The settings that `run` and `flush` take as flags: all that have one.
+DELIVERY_KEYS = tuple(option.key for option in config.OPTIONS if option.flag and option.key != "db")
+
+
+def load_settings(options: dict[str, Any]) -> Settings:
+    """Resolve settings from a command's keyword arguments; with --verbose, say where the outbox comes from."""
+    flags = {key: options[key] for key in config.BY_KEY if options.get(key) is not None}
+    settings = config.load(flags, os.environ, options.get("config"))
+    if options.get("verbose"):
+        click.echo(f"outbox {settings.db} (from {settings.sources['db']})", err=True)
+    return settings
+
+
+def echo_json(value: Any) -> None:
+    """Print one JSON object on one line."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def wants_color() -> bool | None:
+    """Return False where NO_COLOR is set (https://no-color.org), else None: click colours terminals only."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def echo(text: str) -> None:
+    """Print a line of a human-readable result."""
+    click.echo(text, color=wants_color())
+
+
+STATE_COLORS = {"delivered": "green", "failed": "red", "pending": "yellow", "up": "green"}
+
+
+def styled(word: str, width: int = 0) -> str:
+    """Return a state's name padded to *width* and coloured by what it means."""
+    return click.style(word.ljust(width), fg=STATE_COLORS.get(word))
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> list[str]:
+    """Align *rows* under *header*; the last column is left as long as it is."""
+    everything = [header, *rows]
+    widths = [max(len(row[column]) for row in everything) for column in range(len(header))]
+    lines = []
+    for row in everything:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines

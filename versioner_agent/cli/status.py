@@ -1,0 +1,121 @@
+"""`status`: what a person at 3 a.m. needs to see first."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from versioner_agent.cli._common import echo, echo_json, json_option, load_settings, settings_options, styled
+
+if TYPE_CHECKING:
+    from versioner_agent.locks import Presence
+    from versioner_agent.review import Stats
+
+HELD_LINES = 10
+
+
+@click.command()
+@settings_options()
+@json_option
+def status(as_json: bool, **options: Any) -> None:
+    """Show counts, the destination and why it is as it is, the agent, and what holds a product's events back."""
+    from versioner_agent import review  # noqa: PLC0415
+    from versioner_agent.locks import FlusherLock  # noqa: PLC0415
+    from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
+
+    settings = load_settings(options)
+    store = Store(settings.db, settings.busy_timeout)
+    presence = FlusherLock(store.path).presence()
+    try:
+        stats = review.stats(store)
+    except OutboxMissing:
+        stats = review.EMPTY
+    finally:
+        store.close()
+    if as_json:
+        echo_json(_json(store.path, stats, presence, settings.api_url))
+    else:
+        for line in _lines(store.path, stats, presence, settings.api_url):
+            echo(line)
+
+
+def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str, Any]:
+    from versioner_agent.records import time_json  # noqa: PLC0415
+
+    now = time.time()
+    failure, health = stats.last_failure, stats.health
+    oldest = stats.oldest_pending_at
+    return {
+        "outbox": {"path": path, "bytes": stats.bytes},
+        "counts": stats.counts,
+        "oldest_pending_age_s": None if oldest is None else round(max(0.0, now - oldest), 1),
+        "last_delivered_at": time_json(stats.last_delivered_at),
+        "last_failure": None
+        if failure is None
+        else {key: getattr(failure, key) for key in ("id", "product_name", "version", "reason", "detail")},
+        "held": [
+            {"product_name": held.product_name, "id": held.id, "since": time_json(held.since), "reason": held.reason}
+            for held in stats.held
+        ],
+        "damage": None,
+        "destination": {
+            "url": stats.destination.origin or api_url,
+            "account": stats.destination.account,
+            "state": health.state,
+            "reason": health.reason,
+            "since": time_json(health.since),
+            "next_attempt_at": time_json(health.next_attempt_at),
+        },
+        "agent": {"running": presence.has_agent, "pid": presence.pid if presence.has_agent else None},
+    }
+
+
+def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[str]:
+    from versioner_agent.text import age, printable  # noqa: PLC0415
+
+    now = time.time()
+    notes = {
+        "pending": f"oldest {age(stats.oldest_pending_at, now)}" if stats.oldest_pending_at else "",
+        "delivered": f"last {age(stats.last_delivered_at, now)}" if stats.last_delivered_at else "",
+    }
+    if stats.last_failure:
+        last = stats.last_failure
+        words = f"{last.product_name} {last.version}: {last.reason}: {last.detail or ''}"
+        notes["failed"] = f"last {last.id}: {printable(words)}"
+    lines = [f"outbox       {printable(path)} ({stats.bytes / 1024:.0f} KiB)"]
+    for state, count in stats.counts.items():
+        if count or state in ("pending", "delivered", "failed"):
+            name = styled(state, 11) if count else state.ljust(11)
+            lines.append(f"{name}  {count:<6}  {notes.get(state, '')}".rstrip())
+    lines += _destination_lines(stats, api_url, now)
+    if presence.has_agent:
+        lines.append(f"agent        running (pid {presence.pid or 'unknown'})")
+    else:
+        waiting = "; `versioner-agent run` or `flush` delivers what is pending" if stats.counts["pending"] else ""
+        lines.append(f"agent        {'a flush is running' if presence.is_delivering else 'not running'}{waiting}")
+    for held in stats.held[:HELD_LINES]:
+        words = printable(f"{held.product_name} waits for record {held.id} ({held.reason})")
+        lines.append(f"held         {words} since {age(held.since, now)}")
+    if len(stats.held) > HELD_LINES:
+        lines.append(f"             and more: {len(stats.held) - HELD_LINES} other products at least")
+    return lines
+
+
+def _destination_lines(stats: Stats, api_url: str, now: float) -> list[str]:
+    from versioner_agent.outcomes import ADVICE  # noqa: PLC0415
+    from versioner_agent.text import age, printable  # noqa: PLC0415
+
+    health = stats.health
+    account = f" (account {stats.destination.account})" if stats.destination.account else ""
+    since = f" since {age(health.since, now)}" if health.since else ""
+    url = printable(stats.destination.origin or api_url)
+    lines = [f"destination  {url}{printable(account)}: {styled(health.state)}{since}"]
+    if health.reason:
+        lines.append(f"             {printable(health.reason)}")
+    if health.state in ADVICE:
+        lines.append(f"             {ADVICE[health.state]}")
+    if health.next_attempt_at and stats.counts["pending"] and health.next_attempt_at > now:
+        lines.append(f"             next try {age(health.next_attempt_at, now)}")
+    return lines

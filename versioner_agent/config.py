@@ -1,0 +1,282 @@
+"""Settings: one table of options, resolved by one pure function; `load` does the little I/O.
+
+Flags > environment > user file > system file > defaults, key by key; each value's source is kept. A file is opened,
+never tested: only "no such file" means absent. The API key is not a setting that travels: it is read when it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from versioner_agent.errors import ConfigError
+
+DEFAULT_API_URL = "https://api.versioner.io"
+SYSTEM_FILE = "/etc/versioner-agent/config.toml"
+APP_NAME = "versioner-agent"
+
+
+class Option(NamedTuple):
+    """One setting; `parse` raises ValueError with what is wrong."""
+
+    key: str
+    parse: Callable[[Any], Any]
+    default: Any
+    help: str
+    env: str
+    flag: str
+    is_secret: bool = False
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004  # one kind of error for all of them
+    if not value.strip():
+        raise ValueError("must not be empty")
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
+    return value.strip()
+
+
+def _any_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")  # noqa: TRY004
+    return value.strip()
+
+
+def _path(value: Any) -> str:
+    return os.path.abspath(os.path.expanduser(_text(value)))
+
+
+def _number(least: float, most: float, *, whole: bool = False) -> Callable[[Any], Any]:
+    kind = "a whole number" if whole else "a number"
+
+    def parse(value: Any) -> float | int:
+        wrong = ValueError(f"must be {kind} from {least:g} to {most:g}")
+        if isinstance(value, bool):
+            raise wrong
+        try:
+            number = int(value) if whole and not isinstance(value, float) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise wrong from None
+        if not least <= number <= most or (whole and number != int(number)):
+            raise wrong
+        return int(number) if whole else number
+
+    return parse
+
+
+def _flag(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    found = words.get(value.strip().lower()) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError("must be true or false")
+    return found
+
+
+def _choice(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value.strip().lower() not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return value.strip().lower()
+
+    return parse
+
+
+def _option(key: str, parse: Callable[[Any], Any], default: Any, help_: str, **more: Any) -> Option:
+    env = more.pop("env", f"VERSIONER_AGENT_{key.upper()}")
+    flag = more.pop("flag", "--" + key.replace("_", "-"))
+    return Option(key, parse, default, help_, env, flag, **more)
+
+
+OPTIONS = (
+    _option("api_url", _text, DEFAULT_API_URL, "Where the event API is.", env="VERSIONER_API_URL"),
+    _option("api_key", _text, None, "The API key.", env="VERSIONER_API_KEY", flag="", is_secret=True),
+    _option("api_key_file", _path, None, "File that holds the API key; read before each request."),
+    _option("db", _path, None, "The outbox."),
+    _option("concurrency", _number(1, 64, whole=True), 4, "Requests under way at once."),
+    _option("timeout", _number(0.1, 600), 30.0, "Seconds one request may take in all.", flag="--request-timeout"),
+    _option("max_backoff", _number(0.1, 3600), 120.0, "Longest pause between tries, in seconds."),
+    _option("max_event_attempts", _number(1, 100_000, whole=True), 20, "Answers about one event before giving it up."),
+    _option("give_up_after", _number(0, 31_536_000), 3600.0, "Seconds that these answers must span at least."),
+    _option("retention_days", _number(0, 36_500), 30.0, "Days that delivered and discarded records are kept."),
+    _option("busy_timeout", _number(0.1, 600), 10.0, "Seconds to wait for other writers of the outbox."),
+    _option("ca_bundle", _path, None, "File of certificates to trust instead of the system's store."),
+    _option("proxy", _text, None, "Proxy URL; else the usual variables (HTTPS_PROXY …)."),
+    _option("no_proxy", _any_text, None, "Hosts reached without a proxy, separated by commas."),
+    _option("allow_insecure_http", _flag, False, "Allow http:// to hosts other than this one (true or false)."),
+    _option("log_format", _choice("text", "json"), "text", "Form of log lines: text or json."),
+    _option("log_level", _choice("debug", "info", "warning", "error"), "info", "Least serious log line shown."),
+)
+BY_KEY = {option.key: option for option in OPTIONS}
+ENV_CONFIG = "VERSIONER_AGENT_CONFIG"
+
+
+class Settings(NamedTuple):
+    """Resolved values by key, where each came from, and the system file's say on the outbox."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+
+    def __getattr__(self, key: str) -> Any:
+        """Return the value of *key*."""
+        try:
+            return self.values[key]
+        except KeyError:
+            raise AttributeError(key) from None
+
+    def is_explicit(self, key: str) -> bool:
+        """Tell whether somebody set *key*."""
+        return self.sources[key] != "default"
+
+    def __repr__(self) -> str:
+        """Show everything but secrets."""
+        shown = {key: "***" if BY_KEY[key].is_secret and value else value for key, value in self.values.items()}
+        return f"Settings({shown})"
+
+
+class File(NamedTuple):
+    """A configuration file's name and content."""
+
+    name: str
+    content: Mapping[str, Any]
+
+
+def resolve(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> Settings:
+    """Return settings from all layers, *files* with the stronger first; raises ConfigError with all bad values."""
+    problems = [problem for file in files for problem in _unknown_keys(file)]
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for option in OPTIONS:
+        value, source = _find(option, flags, env, files)
+        if source != "default":
+            try:
+                value = option.parse(value)
+            except ValueError as exc:
+                problems.append(f"{option.key} ({source}): {exc}")
+        values[option.key], sources[option.key] = value, source
+    if not problems:
+        problems += _checked_url(values, sources)
+    if problems:
+        raise ConfigError(problems)
+    return Settings(values, sources)
+
+
+def load(flags: Mapping[str, Any], env: Mapping[str, str], config: str | None = None) -> Settings:
+    """Read the configuration files and resolve; *config* (a flag) or VERSIONER_AGENT_CONFIG replaces both files.
+
+    The path of the outbox is filled in at last, for looking it up is what costs most. Raises ConfigError.
+    """
+    named = config or env.get(ENV_CONFIG)
+    paths = [named] if named else [_user_file(), SYSTEM_FILE]
+    found = [_read(path) for path in paths]
+    settings = resolve(flags, env, [file for file in found if file is not None])
+    if settings.values["db"] is None:
+        settings.values["db"] = os.path.join(_platformdirs().user_state_path(APP_NAME, appauthor=False), "outbox.db")
+    return settings
+
+
+def read_key(settings: Settings, env: Mapping[str, str]) -> str | None:
+    """Return the API key as it is now, None where there is none; raises ConfigError for one that can't be read.
+
+    VERSIONER_API_KEY, else $CREDENTIALS_DIRECTORY/api_key, else api_key_file, else api_key of a private file.
+    """
+    key = env.get("VERSIONER_API_KEY", "").strip()
+    source = "VERSIONER_API_KEY"
+    if not key and env.get("CREDENTIALS_DIRECTORY"):
+        source = os.path.join(env["CREDENTIALS_DIRECTORY"], "api_key")
+        key = _read_key_file(source, missing_is_error=False)
+    if not key and settings.api_key_file:
+        source = settings.api_key_file
+        key = _read_key_file(source, missing_is_error=True)
+    if not key:
+        source = settings.sources["api_key"]
+        key = settings.api_key or ""
+    if not key:
+        return None
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError([f"the API key in {source} holds characters that no key has"])
+    return key
+
+
+def _find(option: Option, flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> tuple[Any, str]:
+    if flags.get(option.key) is not None:
+        return flags[option.key], option.flag
+    if env.get(option.env):
+        return env[option.env], option.env
+    for file in files:
+        if option.key in file.content:
+            return file.content[option.key], file.name
+    return option.default, "default"
+
+
+def _checked_url(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    if sources["api_url"] == "default":
+        return []
+    from versioner_agent.urls import url_problem  # noqa: PLC0415  # 3 ms, only for who names an API
+
+    problem = url_problem(values["api_url"], insecure=values["allow_insecure_http"])
+    return [f"api_url ({sources['api_url']}): {problem}"] if problem else []
+
+
+def _unknown_keys(file: File) -> list[str]:
+    problems = []
+    for key in file.content:
+        if key not in BY_KEY:
+            from versioner_agent.events import nearest  # noqa: PLC0415  # only for mistyped keys
+
+            close = nearest(key, BY_KEY)
+            problems.append(f"{file.name}: unknown key {key!r}" + (f"; did you mean {close!r}?" if close else ""))
+    return problems
+
+
+def _read(path: str) -> File | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        with open(fd, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise ConfigError([f"can't read {path}: {exc.strerror}"]) from exc
+    if not data.strip():
+        return File(path, {})
+    import tomllib  # 3 ms, only where there is a file
+
+    try:
+        content = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ConfigError([f"{path}: not valid TOML: {exc}"]) from exc
+    if "api_key" in content and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            [f"{path}: holds api_key but others can read the file"],
+            f"chmod 600 {path}, or put the key into a file of its own named by api_key_file",
+        )
+    return File(path, content)
+
+
+def _read_key_file(path: str, *, missing_is_error: bool) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).decode("utf-8", "replace").strip()
+    except FileNotFoundError as exc:
+        if not missing_is_error:
+            return ""
+        raise ConfigError([f"api_key_file: {path} does not exist"]) from exc
+    except OSError as exc:
+        raise ConfigError([f"can't read the API key from {path}: {exc.strerror}"]) from exc
+
+
+def _user_file() -> str:
+    return os.path.join(_platformdirs().user_config_path(APP_NAME, appauthor=False), "config.toml")
+
+
+def _platformdirs() -> Any:
+    import platformdirs  # 10 ms, spared where the environment names both paths
+
+    return platformdirs

@@ -1,0 +1,51 @@
+"""Log lines of the agent: text for people or one JSON object per line, always on stderr, never with a key in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from versioner_agent.text import mask_keys
+
+#: Attributes of a LogRecord that our own calls add and JSON lines carry on.
+_EXTRA = ("action", "record", "product", "state", "pid")
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-06T15:30:00Z warning: words`, one line whatever the words hold."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format with a lower-case level and keys masked."""
+        record.levelname = record.levelname.lower()
+        return mask_keys(super().format(record)).replace("\n", " ")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time, level, message, and what the call added."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format with keys masked."""
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": mask_keys(record.getMessage()),
+        }
+        line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure(log_format: str, log_level: str) -> None:
+    """Send the package's log lines of *log_level* and above to stderr as `text` or `json`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    ours = logging.getLogger("versioner_agent")
+    ours.handlers[:] = [handler]
+    ours.setLevel(log_level.upper())
+    ours.propagate = False
+    logging.raiseExceptions = False  # a log that can't be written must not stop deliveries
