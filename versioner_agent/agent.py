@@ -115,7 +115,7 @@ class Agent:
         try:
             settings = self._reload()
             if os.path.realpath(settings.db) != ledger.store.path:
-                raise AgentError("another outbox (db) takes a restart")  # noqa: TRY301
+                raise AgentError("another outbox (db) takes a restart")
             fresh, options, here = _delivery(settings, self._env)
             _check_destination(ledger, here)
         except AgentError as exc:

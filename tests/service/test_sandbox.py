@@ -22,7 +22,8 @@ from click.testing import CliRunner
 import versioner_agent
 from versioner_agent.cli.sandbox import sandbox as command
 from versioner_agent.errors import AgentError
-from versioner_agent.sandbox import HOST, MAX_BODY_BYTES, Misbehaviour, Request, Sandbox, State, answer
+from versioner_agent.loopback import HOST, MAX_BODY_BYTES, Request
+from versioner_agent.sandbox import Misbehaviour, Sandbox, State, answer
 
 BUILD = {"product_name": "payments", "version": "1.2.3", "status": "completed"}
 DEPLOYMENT = {**BUILD, "environment_name": "production", "status": "success"}
