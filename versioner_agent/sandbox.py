@@ -160,7 +160,7 @@ def answer(
     denied = failure or _key_refusal(request.headers.get("authorization", ""), key)
     if told is not None and denied is None:
         return json_answer(200, told, f"{_named(told)} (repeat)")
-    return refusal or _receive(_KIND_OF[path], request, state, blocked)
+    return denied or _receive(_KIND_OF[path], request, state, blocked)
 
 
 def _key_refusal(authorization: str, valid: str | None) -> Answer | None:
