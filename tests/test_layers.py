@@ -1,0 +1,83 @@
+"""Who may import whom: the direction that keeps decisions pure and the enqueue path light."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "versioner_agent"
+
+#: Module -> the package's modules it may import.
+ALLOWED = {
+    # Level 0, vocabulary and decisions.
+    "errors": set(),
+    "text": set(),
+    "urls": set(),
+    "schema": set(),
+    "events": {"errors"},
+    "outcomes": {"text"},
+    "policy": {"outcomes"},
+    "records": {"events"},
+    # Level 1, one outside thing each.
+    "config": {"errors", "events", "urls"},
+    "locks": set(),
+    "storage": {"errors", "locks", "schema"},
+    "outbox": {"errors", "events", "records", "storage"},
+    "ledger": {"errors", "outbox", "outcomes", "policy", "records", "storage"},
+    "review": {"ledger", "outbox", "records", "schema", "storage"},
+    "tls": {"errors"},
+    "delivery": {"errors", "outcomes", "tls", "urls"},
+    "logs": {"text"},
+    "loopback": set(),
+    # Level 2, services.
+    "flusher": {"errors", "ledger", "outbox", "outcomes", "policy", "records", "text"},
+    "agent": {
+        "config", "delivery", "errors", "flusher", "ledger", "locks", "outbox", "records", "review", "storage",
+        "text", "urls",
+    },
+    "sandbox": {"events", "loopback"},
+    "demo": {"errors", "outbox", "review", "sandbox"},
+}  # fmt: skip
+#: What no decision may touch: the world, the clock, the dice.
+IMPURE = {"httpx", "logging", "os", "random", "secrets", "socket", "sqlite3", "subprocess", "threading", "time"}
+PURE = ("errors", "text", "urls", "events", "outcomes", "policy", "records", "schema")
+
+
+def imported(module: str) -> set[str]:
+    """The names a module imports anywhere, the package's own as `versioner_agent.x`."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "versioner_agent":
+            found |= {f"versioner_agent.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found - {"versioner_agent.__version__"}
+
+
+def test_every_module_has_its_place():
+    """A new module is entered in the table, with what it may know."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+
+    assert modules == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_go_downwards(module):
+    ours = {name.split(".")[1] for name in imported(module) if name.startswith("versioner_agent.")}
+
+    assert ours <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_decisions_touch_neither_world_nor_clock(module):
+    assert not {name.split(".")[0] for name in imported(module)} & IMPURE
+
+
+def test_only_delivery_knows_httpx():
+    users = {module for module in ALLOWED if {"httpx", "httpcore"} & {name.split(".")[0] for name in imported(module)}}
+
+    assert users == {"delivery"}
