@@ -17,7 +17,7 @@ import httpcore
 import pytest
 
 import versioner_agent
-from versioner_agent import cli, config, delivery, events, outcomes, records
+from versioner_agent import cli, config, delivery, events, outbox, outcomes, records
 from versioner_agent.cli import _common
 from versioner_agent.sandbox import Sandbox
 
@@ -33,7 +33,8 @@ def commands():
         command = cli.root.get_command(context, name)
         found[name] = command
         if isinstance(command, click.Group):
-            found |= {f"{name} {sub}": each for sub, each in command.commands.items()}
+            subs = command.list_commands(context)
+            found |= {f"{name} {sub}": command.get_command(context, sub) for sub in subs}
     return found
 
 
@@ -84,7 +85,7 @@ def test_json_keys_are_in_readme():
         line.split("|")[1].strip(): set(re.findall(r"`(\w+)`", line)) for line in README.splitlines() if "|" in line
     }
 
-    assert set(records.Receipt._fields) <= rows["receipt (`enqueue`)"]
+    assert set(outbox.Receipt._fields) <= rows["receipt (`enqueue`)"]
     assert set(records._JSON_KEYS) <= rows["record (`list`, `show`)"]
 
 

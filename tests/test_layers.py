@@ -19,12 +19,13 @@ ALLOWED = {
     "events": {"errors"},
     "outcomes": {"text"},
     "policy": {"outcomes"},
-    "records": {"events"},
+    "integrity": set(),
+    "records": {"events", "integrity"},
     # Level 1, one outside thing each.
     "config": {"errors", "events", "urls"},
     "locks": set(),
     "storage": {"errors", "locks", "schema"},
-    "outbox": {"errors", "events", "records", "storage"},
+    "outbox": {"errors", "events", "integrity", "storage"},
     "ledger": {"errors", "outbox", "outcomes", "policy", "records", "storage"},
     "review": {"ledger", "outbox", "records", "schema", "storage"},
     "tls": {"errors"},
@@ -42,7 +43,7 @@ ALLOWED = {
 }  # fmt: skip
 #: What no decision may touch: the world, the clock, the dice.
 IMPURE = {"httpx", "logging", "os", "random", "secrets", "socket", "sqlite3", "subprocess", "threading", "time"}
-PURE = ("errors", "text", "urls", "events", "outcomes", "policy", "records", "schema")
+PURE = ("errors", "text", "urls", "events", "outcomes", "policy", "records", "integrity", "schema")
 
 
 def imported(module: str) -> set[str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # what type checkers take for true; importing typing would cost 5 ms
 if TYPE_CHECKING:
     from versioner_agent.errors import AgentError, OutboxError, ValidationError
-    from versioner_agent.outbox import Outbox
-    from versioner_agent.records import Receipt
+    from versioner_agent.outbox import Outbox, Receipt
 
 __version__ = "0.1.0"
 __all__ = ["AgentError", "Outbox", "OutboxError", "Receipt", "ValidationError", "__version__"]
@@ -19,7 +18,7 @@ _HOME = {
     "AgentError": "errors",
     "Outbox": "outbox",
     "OutboxError": "errors",
-    "Receipt": "records",
+    "Receipt": "outbox",
     "ValidationError": "errors",
 }
 

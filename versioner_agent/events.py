@@ -98,7 +98,8 @@ _CANONICAL_OF: dict[str, dict[str, str]] = {
 }
 ENDED = ("completed", "failed", "aborted")
 
-_TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+# Compiled on first use (re keeps them): most calls of `enqueue` need neither.
+_TIMESTAMP = r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)"
 
 
 class Event(NamedTuple):
@@ -390,7 +391,7 @@ def _check_status(kind: str, value: str) -> tuple[str, str]:
 
 def _check_timestamp(_kind: str, value: str) -> tuple[str, str]:
     wrong = f"{_shown(value)} is not an RFC 3339 time with an offset, like 2026-11-06T15:30:00Z"
-    match = _TIMESTAMP.fullmatch(value)
+    match = re.fullmatch(_TIMESTAMP, value, re.ASCII)
     if match is None:
         return value, wrong
     date, minutes, seconds, fraction, offset = match.groups()
@@ -500,11 +501,11 @@ def _shorten(text: str) -> str:
 
 
 def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
+    """Return where the next JSON value starts; JSON's white space only (RFC 8259 section 2)."""
+    end = len(text)
+    while position < end and text[position] in " \t\r\n":
+        position += 1
+    return position
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,26 +1,11 @@
-"""Records as values: what a row of the outbox says, its digest, and its form in JSON. No queries here."""
+"""Records as values: what a row of the outbox says, whether it is intact, and its form in JSON. No queries here."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple
 
 from versioner_agent.events import rfc3339
-
-
-class Receipt(NamedTuple):
-    """What `enqueue` answers: `queued`, or `duplicate` with the record that was there first."""
-
-    outcome: str
-    id: int
-    event_id: str
-    invoke_id: str | None
-    kind: str
-    product_name: str
-    version: str
-    environment_name: str | None
-    status: str
-    warnings: tuple[str, ...] = ()
+from versioner_agent.integrity import digest
 
 
 class Record(NamedTuple):
@@ -90,26 +75,6 @@ def record_json(record: Record) -> dict[str, Any]:
 def time_json(seconds: float | None) -> str | None:
     """Return seconds since 1970 as RFC 3339, None as it is."""
     return None if seconds is None else rfc3339(seconds)
-
-
-def digest(  # exactly what must not change
-    record_id: int,
-    event_id: str,
-    kind: str,
-    names: tuple[str, str, str | None, str],
-    run: tuple[str | None, str | None],
-    occurrence: int,
-    queued_at: float,
-    origin: str | None,
-    payload: bytes,
-) -> bytes:
-    """SHA-256 (32 bytes) over identity, order and payload; *names* and *run* are the columns derived from it.
-
-    A flipped bit in a payload is valid SQLite: only this notices it.
-    """
-    parts = [str(record_id), event_id, kind, *names, *run, str(occurrence), repr(queued_at), origin]
-    head = "\0".join("\1" if part is None else part for part in parts).encode()
-    return hashlib.sha256(head + b"\0" + payload).digest()
 
 
 def is_intact(record: Record, payload: bytes) -> bool:

@@ -7,11 +7,10 @@ reverse a row. Pure; values are stored as they came and made harmless only where
 from __future__ import annotations
 
 import re
-import unicodedata
 from datetime import UTC, datetime
 
 #: What an API key looks like (`sk_{account}_{id}_{random}`, Event Tracking API documentation, Authentication).
-_KEY = re.compile(r"\bsk_([A-Za-z0-9-]{1,64})_[A-Za-z0-9_-]{1,512}")
+_KEY = r"\bsk_([A-Za-z0-9-]{1,64})_[A-Za-z0-9_-]{1,512}"
 #: Control, format (bidi, zero width), surrogate, private and line/paragraph separator characters.
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -21,6 +20,8 @@ def printable(value: str) -> str:
     """Return *value* with every character that could steer a terminal or split a line written as an escape."""
     if value.isascii() and value.isprintable():
         return value
+    import unicodedata  # noqa: PLC0415  # rarely needed, and the enqueue path imports this module
+
     return "".join(
         character
         if unicodedata.category(character) not in _UNSAFE_CATEGORIES
@@ -37,12 +38,12 @@ def bounded(value: str, limit: int) -> str:
 
 def mask_keys(value: str) -> str:
     """Return *value* with everything shaped like an API key masked: servers echo what they refuse."""
-    return _KEY.sub(r"sk_\1_***", value)
+    return re.sub(_KEY, r"sk_\1_***", value)
 
 
 def key_account(key: str) -> str | None:
     """Return the account named in an API key, None for a key of another shape."""
-    match = _KEY.fullmatch(key.strip())
+    match = re.fullmatch(_KEY, key.strip())
     return match.group(1) if match else None
 
 

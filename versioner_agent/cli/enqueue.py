@@ -13,14 +13,27 @@ from versioner_agent import events
 from versioner_agent.cli._common import echo_json, json_option, load_settings, settings_options
 from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError, ValidationError
-from versioner_agent.outbox import Destination, Outbox
-from versioner_agent.records import Receipt
+from versioner_agent.outbox import Destination, Outbox, Receipt
 from versioner_agent.text import key_account, printable
 
 SHOWN_RECEIPTS = 20  # more than these are summed up in text output
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Kinds(click.Group):
+    """Makes a subcommand when it is asked for: a kind's thirty options take a millisecond."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(_MAKERS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name in _MAKERS and cmd_name not in self.commands:
+            self.add_command(_MAKERS[cmd_name]())
+        return self.commands.get(cmd_name)
+
+
+@click.group(cls=_Kinds, context_settings={"help_option_names": ["-h", "--help"]})
 def enqueue() -> None:
     """Record an event in the local outbox; it is on the disk when this exits 0.
 
@@ -72,49 +85,61 @@ def _metadata_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-@enqueue.command()
-@_event_options("build")
-@_metadata_options
-@_queue_options
-def build(**options: Any) -> None:
-    """Record a build.
+def _build() -> click.Command:
+    @click.command()
+    @_event_options("build")
+    @_metadata_options
+    @_queue_options
+    def build(**options: Any) -> None:
+        """Record a build.
 
-    \b
-    versioner-agent enqueue build --product my-service --version 1.2.3 --status started --invoke-id 42
-    versioner-agent enqueue build --product my-service --version 1.2.3 --status failed --error "make: *** [all]"
-    """
-    _enqueue_one("build", options)
+        \b
+        versioner-agent enqueue build --product my-service --version 1.2.3 --status started --invoke-id 42
+        versioner-agent enqueue build --product my-service --version 1.2.3 --status failed --error "make: *** [all]"
+        """
+        _enqueue_one("build", options)
 
-
-@enqueue.command()
-@_event_options("deployment")
-@_metadata_options
-@_queue_options
-def deployment(**options: Any) -> None:
-    """Record a deployment.
-
-    \b
-    versioner-agent enqueue deployment --product my-service --version 1.2.3 --environment staging
-    """
-    _enqueue_one("deployment", options)
+    return build
 
 
-@enqueue.command(name="json")
-@click.argument("file", default="-", metavar="[FILE|-]")
-@click.option("--kind", type=click.Choice(events.KINDS), help="What the events are, where they don't say it.")
-@click.option("--allow-unknown-fields", is_flag=True, help="Send fields that the API documentation does not name.")
-@_queue_options
-def from_json(**options: Any) -> None:
-    """Record events given as the API's own JSON bodies: one object, an array, or JSON lines; all or nothing.
+def _deployment() -> click.Command:
+    @click.command()
+    @_event_options("deployment")
+    @_metadata_options
+    @_queue_options
+    def deployment(**options: Any) -> None:
+        """Record a deployment.
 
-    \b
-    versioner-agent enqueue json event.json
-    versioner-agent enqueue json --kind build - < builds.jsonl
-    """
-    source = options["file"]
-    items = events.parse_json(_read(source), "standard input" if source == "-" else source)
-    valid = events.validate_all(items, options["kind"], allow_unknown=options["allow_unknown_fields"])
-    _enqueue(valid, options)
+        \b
+        versioner-agent enqueue deployment --product my-service --version 1.2.3 --environment staging
+        """
+        _enqueue_one("deployment", options)
+
+    return deployment
+
+
+def _json() -> click.Command:
+    @click.command(name="json")
+    @click.argument("file", default="-", metavar="[FILE|-]")
+    @click.option("--kind", type=click.Choice(events.KINDS), help="What the events are, where they don't say it.")
+    @click.option("--allow-unknown-fields", is_flag=True, help="Send fields that the API documentation does not name.")
+    @_queue_options
+    def from_json(**options: Any) -> None:
+        """Record events given as the API's own JSON bodies: one object, an array, or JSON lines; all or nothing.
+
+        \b
+        versioner-agent enqueue json event.json
+        versioner-agent enqueue json --kind build - < builds.jsonl
+        """
+        source = options["file"]
+        items = events.parse_json(_read(source), "standard input" if source == "-" else source)
+        valid = events.validate_all(items, options["kind"], allow_unknown=options["allow_unknown_fields"])
+        _enqueue(valid, options)
+
+    return from_json
+
+
+_MAKERS = {"build": _build, "deployment": _deployment, "json": _json}
 
 
 def _enqueue_one(kind: str, options: dict[str, Any]) -> None:
