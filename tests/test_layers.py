@@ -16,7 +16,7 @@ ALLOWED = {
     "text": set(),
     "urls": set(),
     "schema": set(),
-    "events": {"errors"},
+    "events": {"errors", "integrity"},
     "outcomes": {"text"},
     "policy": {"outcomes"},
     "integrity": set(),

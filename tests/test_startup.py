@@ -10,6 +10,8 @@ import sys
 import pytest
 
 HEAVY = {
+    "hashlib",
+    "uuid",
     "asyncio", "http.server", "httpcore", "httpx", "importlib.metadata", "logging", "pathlib", "secrets", "ssl",
     "subprocess",
 }  # fmt: skip

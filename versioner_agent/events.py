@@ -7,7 +7,6 @@ Tracking API's documentation (required fields, status values) and from running t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from versioner_agent.errors import ValidationError
+from versioner_agent.integrity import hash_of
 
 KINDS = ("build", "deployment")
 MAX_BODY_BYTES = 256 * 1024
@@ -243,7 +243,7 @@ def content_digest(event: Event) -> bytes:
     if metadata is not None:
         kept = {key: value for key, value in metadata.items() if not key.startswith(AGENT_PREFIX)}
         fields = {**fields, "extra_metadata": kept}
-    return hashlib.sha256(_encode(fields)).digest()
+    return hash_of(_encode(fields))
 
 
 def identity(event: Event, run_attempt: str | None, content: bytes) -> bytes | None:
@@ -252,7 +252,7 @@ def identity(event: Event, run_attempt: str | None, content: bytes) -> bytes | N
     if invoke_id is None:
         return None
     named = f"{event.kind}\0{invoke_id}\0{run_attempt or ''}\0".encode()
-    return hashlib.sha256(named + content).digest()
+    return hash_of(named + content)
 
 
 def payload(event: Event, stamp: Stamp) -> bytes:
