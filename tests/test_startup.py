@@ -11,7 +11,6 @@ import pytest
 
 HEAVY = {
     "hashlib",
-    "uuid",
     "asyncio", "http.server", "httpcore", "httpx", "importlib.metadata", "logging", "pathlib", "secrets", "ssl",
     "subprocess",
 }  # fmt: skip

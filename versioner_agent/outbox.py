@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -141,7 +142,7 @@ class Outbox:
     def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
         from versioner_agent import __version__  # noqa: PLC0415  # the package's name must be complete first
 
-        event_id = _uuid4()
+        event_id = str(uuid.uuid4())
         content = events.content_digest(event)
         stamp = events.Stamp(event_id, now, os.uname().nodename, __version__)
         body = events.payload(event, stamp)
@@ -232,15 +233,6 @@ class _Context(NamedTuple):
     run_attempt: str | None
     new: bool
     batch: int | None
-
-
-def _uuid4() -> str:
-    """Return a random UUID (RFC 9562 section 5.4); the module uuid would cost 2 ms to import."""
-    data = bytearray(os.urandom(16))
-    data[6] = data[6] & 0x0F | 0x40
-    data[8] = data[8] & 0x3F | 0x80
-    text = data.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 SELECT_DESTINATION = "SELECT origin, account FROM destination WHERE id = 1"
