@@ -33,7 +33,8 @@ ALLOWED = {
     "logs": {"text"},
     "loopback": set(),
     # Level 2, services.
-    "flusher": {"errors", "ledger", "outbox", "outcomes", "policy", "records", "text"},
+    "chooser": {"ledger", "policy", "records"},
+    "flusher": {"chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "text"},
     "agent": {
         "config", "delivery", "errors", "flusher", "ledger", "locks", "outbox", "records", "review", "storage",
         "text", "urls",

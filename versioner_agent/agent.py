@@ -21,7 +21,7 @@ from versioner_agent.config import Settings
 from versioner_agent.delivery import Sender, Target
 from versioner_agent.errors import AgentError, CredentialsMissing, LockHeld, OtherDestination, OutboxError
 from versioner_agent.flusher import Flusher, Options
-from versioner_agent.ledger import Ledger, Settlement
+from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.outbox import Destination
 from versioner_agent.records import Record
@@ -153,12 +153,12 @@ def flush(
     *,
     timeout: float,
     rebind: bool = False,
-    on_progress: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int | None], None] = lambda _: None,
 ) -> Drained:
     """Deliver what is pending within *timeout* seconds (and what is under way then, within GRACE_S).
 
     An outbox that others can write is left to its agent, and so is one whose agent is running: then this only waits.
-    *on_progress* gets the number still pending. Raises CredentialsMissing, OtherDestination, OutboxError.
+    *on_progress* gets the number still pending, None where it can't be read just then. Raises CredentialsMissing, OtherDestination, OutboxError.
     """
     end = time.monotonic() + timeout
     started = time.time()
@@ -201,7 +201,7 @@ def _flush_own(
     settings: Settings,
     env: Mapping[str, str],
     span: tuple[float, float],
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int | None], None],
 ) -> Drained:
     started, end = span
     with _lock_errors(lock):
@@ -216,19 +216,16 @@ def _flush_own(
     sender, options, here = _delivery(settings, env)
     refused: list[Record] = []
 
-    def on_settled(settlement: Settlement) -> None:
-        if settlement.decision.state == "failed":
-            refused.append(settlement.record._replace(reason=settlement.decision.reason, code=settlement.outcome.code))
-        on_progress(ledger.pending())
-
-    flusher = Flusher(ledger, sender, options, here, on_settled=on_settled)
+    flusher = Flusher(ledger, sender, options, here, on_failed=refused.append)
     interrupted = _Interrupted(flusher)
+
+    def is_done() -> bool:
+        on_progress(_pending_or_none(ledger))
+        is_over = time.monotonic() >= end or interrupted.signals > 0 or lock.is_agent_waiting()
+        return is_over or flusher.is_drained()
+
     with interrupted.handlers():
-        flusher.run(
-            lambda: (
-                time.monotonic() >= end or bool(interrupted.signals) or lock.is_agent_waiting() or flusher.is_drained()
-            )
-        )
+        flusher.run(is_done)
         flusher.finish(GRACE_S)
     sender.close()
     if lock.is_agent_waiting():
@@ -239,6 +236,13 @@ def _flush_own(
     _, health, _ = ledger.destination()
     why = f"the API is {health.state}: {printable(health.reason)}" if health.reason and health.state != "up" else ""
     return Drained(refused, pending, why if pending else "")
+
+
+def _pending_or_none(ledger: Ledger) -> int | None:
+    try:
+        return ledger.pending()
+    except OutboxError:
+        return None  # the flusher meets the same error and says so
 
 
 class _Interrupted:
@@ -265,7 +269,7 @@ class _Interrupted:
 
 
 def _watch(
-    ledger: Ledger, lock: FlusherLock, started: float, end: float, note: str, on_progress: Callable[[int], None]
+    ledger: Ledger, lock: FlusherLock, started: float, end: float, note: str, on_progress: Callable[[int | None], None]
 ) -> Drained:
     """Wait for whoever delivers until nothing is pending or *end* (monotonic seconds)."""
     while True:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from versioner_agent.chooser import Chooser
 from versioner_agent.errors import OutboxError
 from versioner_agent.ledger import Health, Ledger, Settlement
 from versioner_agent.outbox import Destination
@@ -27,8 +28,6 @@ from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 1000  # keys remembered as ready
-REFILL = 64  # keys one refill looks for
 POLL_S = 0.1  # how often the file is looked at for new events
 LOOK_S = 2.0  # how often the outbox is asked, whatever the file's times say
 REWRITE_S = 1.0  # pause before a commit that failed is tried again
@@ -71,12 +70,15 @@ class Flusher:
         here: Destination,
         *,
         roll: Callable[[], float] = random.random,
-        on_settled: Callable[[Settlement], None] = lambda _: None,
+        on_failed: Callable[[Record], None] = lambda _: None,
     ) -> None:
-        """Deliver from *ledger* through *sender*; *roll* gives the jitter, in [0, 1)."""
+        """Deliver from *ledger* through *sender*; *roll* gives the jitter, in [0, 1).
+
+        *on_failed* is told of each record that failed for good, after the commit.
+        """
         self._ledger = ledger
         self._roll = roll
-        self._on_settled = on_settled
+        self._on_failed = on_failed
         self._inbox: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
         self._work: queue.SimpleQueue[tuple[Sender, Record, bytes] | None] = queue.SimpleQueue()
         self._workers = 0
@@ -84,10 +86,6 @@ class Flusher:
         self._unwritten: list[Settlement] = []
         self._rewrite_at = 0.0
         self._busy: set[str] = set()
-        self._ready: dict[str, None] = {}
-        self._cursor = ""
-        self._ends_to_pass = 2
-        self._probe_cursor = ""
         self._seen_file: tuple[int, int, int] | None = None
         self._seen_version: int | None = None
         self._look_at = 0.0
@@ -96,6 +94,7 @@ class Flusher:
         self._has_verdict = False
         _, self._health, self._deliveries = ledger.destination()
         self._pace = Pace(options.concurrency, options.max_backoff)
+        self._chooser = Chooser(ledger, self._pace)
         self.configure(sender, options, here)
         if self._health.retry_at is not None:
             # Believed only so far ahead, in case this host's clock was wrong when it was written.
@@ -110,7 +109,7 @@ class Flusher:
         self._here = here
         self._limits = Limits(options.max_event_attempts, options.give_up_after)
         self._pace = Pace(options.concurrency, options.max_backoff, self._pace.paused_until)
-        self._look_again()
+        self._chooser = Chooser(self._ledger, self._pace)
 
     def wake(self) -> None:
         """Make the loop look up at once; safe in signal handlers and other threads."""
@@ -135,6 +134,7 @@ class Flusher:
             if not self._rewrite_at:  # once, however long it lasts
                 logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
             self._rewrite_at = now + REWRITE_S
+            self._chooser.look_again()  # a key may have been taken up and not sent
         due = self._pace.next_due(now)
         return min(now + POLL_S, due) if due is not None and due > now else now + POLL_S
 
@@ -155,7 +155,10 @@ class Flusher:
 
     def is_drained(self) -> bool:
         """Tell whether nothing is pending and nothing is under way."""
-        return not self._busy and not self._unwritten and self._ledger.pending() == 0
+        try:
+            return not self._busy and not self._unwritten and self._ledger.pending() == 0
+        except OutboxError:
+            return False  # the loop meets the same error and says so
 
     # --- waiting and noticing
 
@@ -182,17 +185,13 @@ class Flusher:
         version = self._ledger.data_version()
         if version != self._seen_version:
             self._seen_version = version
-            self._look_again()
+            self._chooser.look_again()
 
-    def _look_again(self) -> None:
-        # Two ends passed mean that every key has been seen once since now, wherever the cursor stood.
-        self._ends_to_pass = 2
-
-    # --- choosing
+    # --- sending
 
     def _dispatch(self, now: float) -> None:
         while len(self._busy) < self._pace.limit(now):
-            found = self._next(now)
+            found = self._chooser.next(now, self._busy)
             if found is None:
                 return
             record, payload = found
@@ -203,74 +202,13 @@ class Flusher:
             self._work.put((self._sender, record, payload))
             self._start_worker()
 
-    def _next(self, now: float) -> tuple[Record, bytes] | None:
-        """Return the next record to send, of a key that is neither busy nor waiting."""
-        if self._pace.is_open:
-            return self._probe()
-        retrying = sum(self._pace.is_retrying(key) for key in self._busy)
-        while retrying < self._pace.max_retrying():
-            key = self._pace.first_due(now, self._busy)
-            if key is None:
-                break
-            found = self._ledger.head(key)
-            if found is not None:
-                return found
-            self._pace.forget(key)
-        while True:
-            if not self._ready and not self._refill():
-                return None
-            if not self._ready:
-                continue
-            key = next(iter(self._ready))
-            del self._ready[key]
-            if key in self._busy or self._pace.is_retrying(key):
-                continue
-            found = self._ledger.head(key)
-            if found is not None:
-                if self._ends_to_pass and len(self._ready) < WINDOW // 2:
-                    self._refill()
-                return found
-
-    def _refill(self) -> bool:
-        """Look for more keys; False when all have been seen."""
-        if not self._ends_to_pass:
-            return False
-        seek = self._ledger.keys(self._cursor, REFILL, _Known(self._busy, self._ready, self._pace))
-        self._ready.update(dict.fromkeys(seek.keys))
-        self._cursor = seek.after
-        if seek.is_end:
-            self._ends_to_pass -= 1
-        return True
-
-    def _probe(self) -> tuple[Record, bytes] | None:
-        """Return the head of a key not tried since the breaker opened, else of the next one in turn."""
-        for skip in (self._pace.tried, frozenset()):
-            ends = 0
-            while ends < 2:
-                seek = self._ledger.keys(self._probe_cursor, 1, skip)
-                self._probe_cursor = seek.after
-                ends += seek.is_end
-                for key in seek.keys:
-                    found = self._ledger.head(key)
-                    if found is not None:
-                        return found
-        return None
-
     def _condemn(self, record: Record) -> None:
         detail = "the record's digest does not fit: its content was altered on the disk; it was not sent"
         self._ledger.condemn(record, detail, time.time())
-        self._make_ready(record.product_name)
-        logger.error(
-            "record %d is damaged and was not sent", record.id, extra={"action": "damaged", "record": record.id}
-        )
-
-    def _make_ready(self, key: str) -> None:
-        if len(self._ready) < WINDOW:
-            self._ready[key] = None
-        else:
-            self._look_again()  # the rotation comes back to it: keys beyond the window get their turn
-
-    # --- sending
+        self._chooser.make_ready(record.product_name)
+        extra = {"action": "damaged", "record": record.id}
+        logger.error("record %d is damaged and was not sent", record.id, extra=extra)
+        self._on_failed(record._replace(state="failed", reason="damaged", detail=detail))
 
     def _start_worker(self) -> None:
         if self._workers < min(len(self._busy), self._options.concurrency):
@@ -306,9 +244,11 @@ class Flusher:
             key = settlement.record.product_name
             self._busy.discard(key)
             if not self._pace.is_retrying(key):
-                self._make_ready(key)
+                self._chooser.make_ready(key)
+        for settlement in written:
             _log(settlement)
-            self._on_settled(settlement)
+            if settlement.decision.state == "failed":
+                self._on_failed(_as_settled(settlement))
         if health.state != before.state:
             _log_health(health, self._here)
 
@@ -330,12 +270,12 @@ class Flusher:
         if outcome.is_verdict:
             self._has_verdict = True
             if self._pace.is_open:
-                self._look_again()  # the keys that waited are forgotten there and found again
+                self._chooser.look_again()  # the keys that waited are forgotten there and found again
             self._pace.verdict(record.product_name)
         elif decision.state == "failed":
             self._pace.forget(record.product_name)
         elif self._pace.failed(record.product_name, outcome, now, self._roll()):
-            self._look_again()
+            self._chooser.look_again()
         return Settlement(record, outcome, decision, at, duration_s)
 
     def _health_after(self, settlements: list[Settlement], now: float) -> Health:
@@ -360,7 +300,7 @@ class Flusher:
 
     def _maintain(self, now: float) -> None:
         """Look after the file, in small steps and only while nothing is to be sent."""
-        if now < self._maintain_at or self._busy or self._ready:
+        if now < self._maintain_at or self._busy or self._chooser.has_ready():
             return
         self._maintain_at = now + MAINTENANCE_S
         wall = time.time()
@@ -373,14 +313,11 @@ class Flusher:
             self._maintain_at = now + POLL_S
 
 
-class _Known:
-    """The keys that need no looking for: under way, ready, or waiting."""
-
-    def __init__(self, busy: set[str], ready: dict[str, None], pace: Pace) -> None:
-        self._busy, self._ready, self._pace = busy, ready, pace
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._busy or key in self._ready or (isinstance(key, str) and self._pace.is_retrying(key))
+def _as_settled(settlement: Settlement) -> Record:
+    record, outcome, decision, at, _ = settlement
+    return record._replace(
+        state=decision.state, reason=decision.reason, detail=decision.detail, code=outcome.code, settled_at=at
+    )
 
 
 def _file_times(path: str) -> tuple[int, int, int] | None:

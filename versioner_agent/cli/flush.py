@@ -43,12 +43,15 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
         echo_json({"pending": drained.pending, "refused": refused, "note": drained.note or None})
     if drained.pending:
         why = f": {drained.note}" if drained.note else ""
-        click.echo(f"{drained.pending} events are still queued{why}", err=True)
+        events = "1 event is" if drained.pending == 1 else f"{drained.pending} events are"
+        click.echo(f"{events} still queued{why}", err=True)
     return _exit_code(drained)
 
 
 def _exit_code(drained: Drained) -> int:
-    """Return 4 for a plain refusal, 5 where rules (or a deployment's 409) account for all of them."""
+    """Return 4 for a plain refusal, 5 where rules (or a deployment's 409) account for all of them, 1 for damage."""
+    if any(record.reason == "damaged" for record in drained.refused):
+        return 1
     by_rule = [
         record.reason == "blocked" or (record.reason == "conflict" and record.kind == "deployment")
         for record in drained.refused
@@ -73,11 +76,11 @@ class _Progress:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
 
-    def show(self, pending: int) -> None:
+    def show(self, pending: int | None) -> None:
         """Draw how many of those seen first are done."""
         import sys  # noqa: PLC0415
 
-        if not sys.stderr.isatty():
+        if pending is None or not sys.stderr.isatty():
             return
         if self._bar is None:
             self._total = self._left = max(pending, 1)

@@ -1,0 +1,110 @@
+"""Which key goes next: a rotation over all ordering keys, with a bounded window of them in memory.
+
+Every key with pending records is in one of four places: under way (the caller knows), waiting (Pace knows), ready
+(here), or not yet seen by the rotation. Fair: a key that was served goes to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from versioner_agent.ledger import Ledger
+from versioner_agent.policy import Pace
+from versioner_agent.records import Record
+
+WINDOW = 1000  # keys remembered as ready
+REFILL = 64  # keys one refill looks for
+
+
+class Chooser:
+    """Finds the next record to send. Belongs to the thread that owns the ledger."""
+
+    def __init__(self, ledger: Ledger, pace: Pace) -> None:
+        """Choose from *ledger* what *pace* allows."""
+        self._ledger = ledger
+        self._pace = pace
+        self._ready: dict[str, None] = {}
+        self._cursor = ""
+        self._ends_to_pass = 2
+        self._probe_cursor = ""
+
+    def look_again(self) -> None:
+        """Look for keys again: other processes committed, or keys were forgotten."""
+        # Two ends passed mean that every key has been seen once since now, wherever the cursor stood.
+        self._ends_to_pass = 2
+
+    def make_ready(self, key: str) -> None:
+        """Put *key*, whose last event was settled, at the end of the line."""
+        if len(self._ready) < WINDOW:
+            self._ready[key] = None
+        else:
+            self.look_again()  # the rotation comes back to it: keys beyond the window get their turn
+
+    def has_ready(self) -> bool:
+        """Tell whether something may be sent at once."""
+        return bool(self._ready)
+
+    def next(self, now: float, busy: set[str]) -> tuple[Record, bytes] | None:
+        """Return the next record to send and its payload, of a key neither in *busy* nor waiting."""
+        if self._pace.is_open:
+            return self._probe()
+        retrying = sum(self._pace.is_retrying(key) for key in busy)
+        while retrying < self._pace.max_retrying():
+            key = self._pace.first_due(now, busy)
+            if key is None:
+                break
+            found = self._ledger.head(key)
+            if found is not None:
+                return found
+            self._pace.forget(key)
+        return self._next_ready(busy)
+
+    def _next_ready(self, busy: set[str]) -> tuple[Record, bytes] | None:
+        while self._ready or self._refill(busy):
+            if not self._ready:
+                continue
+            key = next(iter(self._ready))
+            del self._ready[key]
+            if key in busy or self._pace.is_retrying(key):
+                continue
+            found = self._ledger.head(key)
+            if found is not None:
+                if len(self._ready) < WINDOW // 2:
+                    self._refill(busy)
+                return found
+        return None
+
+    def _refill(self, busy: set[str]) -> bool:
+        """Look for more keys; False when all have been seen."""
+        if not self._ends_to_pass:
+            return False
+        seek = self._ledger.keys(self._cursor, REFILL, _Known(busy, self._ready, self._pace))
+        self._ready.update(dict.fromkeys(seek.keys))
+        self._cursor = seek.after
+        if seek.is_end:
+            self._ends_to_pass -= 1
+        return True
+
+    def _probe(self) -> tuple[Record, bytes] | None:
+        """Return the head of a key not tried since the breaker opened, else of the next one in turn."""
+        for skip in (self._pace.tried, frozenset()):
+            ends = 0
+            while ends < 2:
+                seek = self._ledger.keys(self._probe_cursor, 1, skip)
+                self._probe_cursor = seek.after
+                ends += seek.is_end
+                for key in seek.keys:
+                    found = self._ledger.head(key)
+                    if found is not None:
+                        return found
+        return None
+
+
+class _Known:
+    """The keys that need no looking for: under way, ready, or waiting."""
+
+    def __init__(self, busy: Container[str], ready: Container[str], pace: Pace) -> None:
+        self._busy, self._ready, self._pace = busy, ready, pace
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._busy or key in self._ready or (isinstance(key, str) and self._pace.is_retrying(key))
