@@ -75,7 +75,7 @@ class Agent:
     def _take_over(self, lock: FlusherLock) -> None:
         with _lock_errors(lock):
             if not lock.claim_agent():
-                pid = lock.presence().pid
+                pid = lock.presence().agent_pid
                 raise LockHeld(f"another agent (pid {pid or 'unknown'}) delivers from this outbox")
             is_told = False
             while not lock.claim_delivery():
@@ -158,7 +158,8 @@ def flush(
     """Deliver what is pending within *timeout* seconds (and what is under way then, within GRACE_S).
 
     An outbox that others can write is left to its agent, and so is one whose agent is running: then this only waits.
-    *on_progress* gets the number still pending, None where it can't be read just then. Raises CredentialsMissing, OtherDestination, OutboxError.
+    *on_progress* gets the number still pending, None where it can't be read just then. Raises CredentialsMissing,
+    OtherDestination, OutboxError.
     """
     end = time.monotonic() + timeout
     started = time.time()

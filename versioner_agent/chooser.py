@@ -88,14 +88,15 @@ class Chooser:
     def _probe(self) -> tuple[Record, bytes] | None:
         """Return the head of a key not tried since the breaker opened, else of the next one in turn."""
         for skip in (self._pace.tried, frozenset()):
-            ends = 0
+            cursor, ends = self._probe_cursor, 0
             while ends < 2:
-                seek = self._ledger.keys(self._probe_cursor, 1, skip)
-                self._probe_cursor = seek.after
+                seek = self._ledger.keys(cursor, 1, skip)
+                cursor = seek.after
                 ends += seek.is_end
                 for key in seek.keys:
                     found = self._ledger.head(key)
                     if found is not None:
+                        self._probe_cursor = key  # a search in vain must not move the rotation
                         return found
         return None
 

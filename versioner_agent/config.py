@@ -135,8 +135,12 @@ class Settings(NamedTuple):
 
     def __repr__(self) -> str:
         """Show everything but secrets."""
-        shown = {key: "***" if BY_KEY[key].is_secret and value else value for key, value in self.values.items()}
+        shown = {key: "***" if value and _may_hold_secret(key, value) else value for key, value in self.values.items()}
         return f"Settings({shown})"
+
+
+def _may_hold_secret(key: str, value: Any) -> bool:
+    return BY_KEY[key].is_secret or (key == "proxy" and "@" in str(value))
 
 
 class File(NamedTuple):
@@ -236,8 +240,7 @@ def _unknown_keys(file: File) -> list[str]:
 
 def _read(path: str) -> File | None:
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        with open(fd, "rb") as file:
+        with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             data = file.read()
     except FileNotFoundError:

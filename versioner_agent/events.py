@@ -213,9 +213,9 @@ def validate(kind: str, fields: Mapping[str, Any], *, allow_unknown: bool = Fals
         elif not allow_unknown:
             problems.append(_unknown_field(name, kind))
         else:
-            problems += _tree_problems(name, value)
-            if not problems:
-                checked[name] = value
+            problem = _string_problem(name)
+            problems += [f"{_shorten(_shown(name))}: {problem}"] if problem else _tree_problems(name, value)
+            checked[name] = value
     for name in _REQUIRED_OF[kind]:
         if name not in checked and not any(problem.startswith(f"{name}:") for problem in problems):
             problems.append(f"{name}: is required")
@@ -242,7 +242,9 @@ def content_digest(event: Event) -> bytes:
     fields = event.fields
     if metadata is not None:
         kept = {key: value for key, value in metadata.items() if not key.startswith(AGENT_PREFIX)}
-        fields = {**fields, "extra_metadata": kept}
+        fields = {name: value for name, value in fields.items() if name != "extra_metadata"}
+        if kept:
+            fields["extra_metadata"] = kept
     return hash_of(_encode(fields))
 
 
@@ -260,25 +262,31 @@ def payload(event: Event, stamp: Stamp) -> bytes:
 
     The bytes are fixed here for good: every attempt, whenever it comes, sends just these.
     """
-    fields = dict(event.fields)
+    times = {}
     if clock_is_plausible(stamp.queued_at):
-        for name in automatic_times(event):
-            fields[name] = rfc3339(stamp.queued_at)
+        times = dict.fromkeys(automatic_times(event), rfc3339(stamp.queued_at))
     ours: dict[str, Any] = {
         f"{AGENT_PREFIX}event_id": stamp.event_id,
         f"{AGENT_PREFIX}queued_at": rfc3339(stamp.queued_at),
         f"{AGENT_PREFIX}host": stamp.host,
         f"{AGENT_PREFIX}version": stamp.agent_version,
     }
-    theirs = fields.get("extra_metadata") or {}
-    fields["extra_metadata"] = ours | theirs
+    # What does not fit is left out, ours first: the event itself was found to fit.
+    return next(filter(None, (_body(event, *added) for added in ((times, ours), (times, {}), ({}, {})))))
+
+
+def _body(event: Event, times: dict[str, str], ours: dict[str, Any]) -> bytes | None:
+    """Return the body with *times* and *ours* added, None where they make it too large."""
+    fields = {**event.fields, **times}
+    metadata = ours | event.fields.get("extra_metadata", {})
+    if metadata:
+        fields["extra_metadata"] = metadata
     body = _encode(fields)
-    if len(body) > MAX_METADATA_BYTES and (
-        len(_encode(fields["extra_metadata"])) > MAX_METADATA_BYTES or len(body) > MAX_BODY_BYTES
-    ):
-        fields["extra_metadata"] = theirs
-        body = _encode(fields)
-    return body
+    if not (times or ours) or len(body) <= MAX_METADATA_BYTES:
+        return body
+    if ours and len(_encode(metadata)) > MAX_METADATA_BYTES:
+        return None
+    return body if len(body) <= MAX_BODY_BYTES else None
 
 
 def automatic_times(event: Event) -> tuple[str, ...]:

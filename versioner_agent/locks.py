@@ -17,6 +17,9 @@ FLUSHER_SUFFIX = ".flusher"
 # Bytes of the flusher file: who delivers, and whether an agent is there (delivering, or waiting for a flush to end).
 _DELIVERING = 0
 _AGENT = 1
+# Behind them the pids of both, right-aligned in ten bytes each.
+_NOTES_AT = 2
+_NOTE_BYTES = 10
 # struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
 _FLOCK = "hhqqi4x"
 
@@ -121,6 +124,7 @@ class Presence(NamedTuple):
     is_delivering: bool
     has_agent: bool
     pid: int | None  # of whoever delivers, as it saw itself
+    agent_pid: int | None
 
 
 class FlusherLock:
@@ -133,17 +137,11 @@ class FlusherLock:
 
     def claim_agent(self) -> bool:
         """Become the agent of this outbox; False if there is one. Raises OSError."""
-        return self._lock(_AGENT)
+        return self._claim(_AGENT)
 
     def claim_delivery(self) -> bool:
         """Become the one who delivers; False if somebody else does. Raises OSError."""
-        if not self._lock(_DELIVERING):
-            return False
-        assert self._fd is not None
-        note = f"{os.getpid()}\n".encode()
-        os.pwrite(self._fd, note, 0)
-        os.ftruncate(self._fd, len(note))
-        return True
+        return self._claim(_DELIVERING)
 
     def is_agent_waiting(self) -> bool:
         """Tell a holder that is no agent whether one waits for it."""
@@ -154,14 +152,14 @@ class FlusherLock:
         try:
             fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError:
-            return Presence(is_delivering=False, has_agent=False, pid=None)
+            return Presence(is_delivering=False, has_agent=False, pid=None, agent_pid=None)
         try:
             is_delivering, has_agent = _is_locked(fd, _DELIVERING), _is_locked(fd, _AGENT)
-            text = os.pread(fd, 32, 0).strip()
+            pid = _noted(fd, _DELIVERING) if is_delivering else None
+            agent_pid = _noted(fd, _AGENT) if has_agent else None
         finally:
             os.close(fd)
-        pid = int(text) if text.isdigit() and (is_delivering or has_agent) else None
-        return Presence(is_delivering, has_agent, pid)
+        return Presence(is_delivering, has_agent, pid, agent_pid)
 
     def close(self) -> None:
         """Free what is held."""
@@ -169,7 +167,8 @@ class FlusherLock:
             os.close(self._fd)
             self._fd = None
 
-    def _lock(self, byte: int) -> bool:
+    def _claim(self, byte: int) -> bool:
+        """Lock *byte* and note our pid beside it, for people; False if somebody else holds it."""
         import fcntl  # noqa: PLC0415
 
         if self._fd is None:
@@ -179,7 +178,17 @@ class FlusherLock:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
         except (BlockingIOError, PermissionError):
             return False
+        os.pwrite(self._fd, str(os.getpid()).rjust(_NOTE_BYTES).encode(), _note_at(byte))
         return True
+
+
+def _note_at(byte: int) -> int:
+    return _NOTES_AT + byte * _NOTE_BYTES
+
+
+def _noted(fd: int, byte: int) -> int | None:
+    text = os.pread(fd, _NOTE_BYTES, _note_at(byte)).strip()
+    return int(text) if text.isdigit() else None
 
 
 def _is_locked(fd: int, byte: int) -> bool:

@@ -172,7 +172,7 @@ def _server_id(answer: dict[str, Any] | None) -> str | None:
     value = answer.get("id") if answer else None
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
-    return bounded(str(value)[:300], 200).strip() or None
+    return _clean(str(value)[:300], 200).strip() or None
 
 
 def _refusal_words(answer: dict[str, Any] | None) -> str | None:
@@ -238,7 +238,10 @@ def _for_people(status: int, headers: Mapping[str, str], words: str | None) -> s
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)[:MAX_DETAIL_CHARS]
+    try:
+        return json.dumps(value, ensure_ascii=False)[:MAX_DETAIL_CHARS]
+    except RecursionError:
+        return "an answer nested too deeply to show"
 
 
 def _clean(text: str, limit: int = MAX_DETAIL_CHARS) -> str:

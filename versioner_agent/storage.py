@@ -24,6 +24,12 @@ DEFAULT_BUSY_TIMEOUT_S = 10.0
 FREE_SPACE_FLOOR = 256 * 1024
 
 
+IDENTIFY = """
+    SELECT application_id, user_version, page_count
+    FROM pragma_application_id, pragma_user_version, pragma_page_count
+"""
+
+
 class OutboxMissing(OutboxError):
     """There is no outbox at this path."""
 
@@ -93,31 +99,29 @@ class Store:
 
     def _connected(self, *, create: bool) -> sqlite3.Connection:
         """Return the connection to the file that is at the path now: it may have been replaced while we waited."""
-        try:
-            found = os.stat(self.path)
-            inode = (found.st_dev, found.st_ino)
-        except FileNotFoundError:
-            if not create:
-                raise self._missing() from None
-            inode = None
+        inode = _inode(self.path)
         if self._connection is not None and (inode is None or inode != self._inode):
             self._connection.close()
             self._connection = None
         if self._connection is None:
-            if inode is None or (create and os.stat(self.path).st_size == 0):
-                self._create()
-                found = os.stat(self.path)
-                inode = (found.st_dev, found.st_ino)
-            self._connection = self._connect()
-            self._inode = inode
+            if inode is None:
+                if not create:
+                    raise self._missing()
+                os.close(open_beside(self.path))
+            self._connection = self._connect(create=create)
+            self._inode = _inode(self.path)
         return self._connection
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, *, create: bool) -> sqlite3.Connection:
         connection = self._raw_connection()
         try:
-            application_id, version = connection.execute(
-                "SELECT application_id, user_version FROM pragma_application_id, pragma_user_version"
-            ).fetchone()
+            # Before any setting is made: a file that is not ours must not be changed.
+            application_id, version, pages = connection.execute(IDENTIFY).fetchone()
+            if pages == 0 and os.stat(self.path).st_size == 0:  # just made, or by somebody who was killed before the first commit
+                if not create:
+                    raise self._missing()
+                self._create(connection)
+                application_id, version = schema.APPLICATION_ID, schema.VERSION
             if application_id != schema.APPLICATION_ID:
                 raise OutboxError(
                     f"{self.path} is not an outbox of versioner-agent; it is left as it is",
@@ -128,6 +132,8 @@ class Store:
                     f"the outbox {self.path} has schema {version}, this versioner-agent knows {schema.VERSION}",
                     "use the version of versioner-agent that made it",
                 )
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA journal_mode = PERSIST")
         except BaseException:
             connection.close()
             raise
@@ -136,31 +142,22 @@ class Store:
     def _raw_connection(self) -> sqlite3.Connection:
         # mode=rw: SQLite itself must never make the file, it would choose the wrong mode.
         quoted = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        connection = sqlite3.connect(
-            f"file:{quoted}?mode=rw", uri=True, timeout=self.busy_timeout, isolation_level=None
-        )
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA journal_mode = PERSIST")
-        return connection
+        return sqlite3.connect(f"file:{quoted}?mode=rw", uri=True, timeout=self.busy_timeout, isolation_level=None)
 
-    def _create(self) -> None:
-        """Make the file with the mode that lets its users share it, then its tables in one transaction.
+    def _create(self, connection: sqlite3.Connection) -> None:
+        """Make the tables in one transaction.
 
         Runs while holding the write queue, so that twenty first enqueues make one outbox.
         """
-        os.close(open_beside(self.path))
-        connection = self._raw_connection()
-        try:
-            # Can't be changed once there is a table.
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in schema.TABLES:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {schema.VERSION}")
-            connection.execute("COMMIT")
-        finally:
-            connection.close()
+        connection.execute("PRAGMA synchronous = FULL")
+        # Can't be changed once there is a table.
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in schema.TABLES:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {schema.VERSION}")
+        connection.execute("COMMIT")
         _sync_directory(os.path.dirname(self.path))
         self._queue.remember(b"outbox\n")
 
@@ -227,6 +224,14 @@ def _group_name(gid: int) -> str:
         return grp.getgrgid(gid).gr_name
     except (ImportError, KeyError):
         return str(gid)
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _sync_directory(path: str) -> None:

@@ -10,7 +10,8 @@ import re
 from datetime import UTC, datetime
 
 #: What an API key looks like (`sk_{account}_{id}_{random}`, Event Tracking API documentation, Authentication).
-_KEY = r"\bsk_([A-Za-z0-9-]{1,64})_[A-Za-z0-9_-]{1,512}"
+#: Behind a word it is none (`task_…`), behind an escape of JSON it may be.
+_KEY = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt]))sk_([A-Za-z0-9-]{1,64})_[A-Za-z0-9_-]+"
 #: Control, format (bidi, zero width), surrogate, private and line/paragraph separator characters.
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))

@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+_DEFAULT_PORTS = {"https": 443, "http": 80}
+
 
 def url_problem(api_url: str, *, insecure: bool) -> str:
     """Say why *api_url* can't be used; empty when it can. Plain http only to this machine, unless *insecure*."""
@@ -20,7 +22,7 @@ def url_problem(api_url: str, *, insecure: bool) -> str:
         return "must be plain ASCII without spaces"
     if "@" in url.netloc:
         return "must not hold a user name or password"
-    if url.query or url.fragment:
+    if "?" in api_url or "#" in api_url:
         return "must not hold a query or fragment"
     if url.scheme == "http" and not insecure and not is_loopback(host):
         return "plain http is for this machine only; use https, or set allow_insecure_http"
@@ -32,7 +34,7 @@ def origin_of(api_url: str) -> str:
     url = urlsplit(api_url)
     host = (url.hostname or "").lower()
     host = f"[{host}]" if ":" in host else host
-    default = {"https": 443, "http": 80}.get(url.scheme)
+    default = _DEFAULT_PORTS.get(url.scheme)
     port = f":{url.port}" if url.port and url.port != default else ""
     return f"{url.scheme}://{host}{port}"
 
@@ -56,7 +58,9 @@ def proxy_for(api_url: str, settings: tuple[str | None, str | None], env: Mappin
     if not proxy or is_loopback(host):
         return None
     exceptions = settings[1] if settings[1] is not None else _first(env, "no_proxy")
-    if any(_matches(host, url.port, entry) for entry in (exceptions or "").split(",")):
+    if any(
+        _matches(host, url.port or _DEFAULT_PORTS.get(url.scheme), entry) for entry in (exceptions or "").split(",")
+    ):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 

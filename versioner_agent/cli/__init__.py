@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -38,6 +38,14 @@ COMMANDS = {
 
 class LazyGroup(click.Group):
     """A group that imports a command when it is used."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader that has seen enough is no error (click would make it one)."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _silence_stdout()
+            return 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the table's order."""
@@ -109,9 +117,6 @@ def _run() -> int:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
-        _silence_stdout()
-        return 0  # the reader has seen enough
     except OSError as exc:
         click.echo(f"error: {exc.strerror or exc}", err=True)
         return 1

@@ -68,7 +68,7 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
             "since": time_json(health.since),
             "next_attempt_at": time_json(health.next_attempt_at),
         },
-        "agent": {"running": presence.has_agent, "pid": presence.pid if presence.has_agent else None},
+        "agent": {"running": presence.has_agent, "pid": presence.agent_pid},
     }
 
 
@@ -91,7 +91,7 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
             lines.append(f"{name}  {count:<6}  {notes.get(state, '')}".rstrip())
     lines += _destination_lines(stats, api_url, now)
     if presence.has_agent:
-        lines.append(f"agent        running (pid {presence.pid or 'unknown'})")
+        lines.append(f"agent        running (pid {presence.agent_pid or 'unknown'})")
     else:
         waiting = "; `versioner-agent run` or `flush` delivers what is pending" if stats.counts["pending"] else ""
         lines.append(f"agent        {'a flush is running' if presence.is_delivering else 'not running'}{waiting}")

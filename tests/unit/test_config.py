@@ -1,0 +1,349 @@
+"""Where settings come from, which are refused, and how the key is found."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from versioner_agent import config
+from versioner_agent.config import File, load, read_key, resolve
+from versioner_agent.errors import ConfigError
+
+USER = "/home/me/config.toml"
+SYSTEM = "/etc/versioner-agent/config.toml"
+#: key -> five valid values, one per layer, and what they become.
+SAMPLES = {
+    "api_url": [f"https://{n}.example" for n in "abcd"],
+    "api_key": [f"sk_{n}_k_x" for n in "abcd"],
+    "api_key_file": [f"/keys/{n}" for n in "abcd"],
+    "db": [f"/var/{n}.db" for n in "abcd"],
+    "concurrency": [1, 2, 3, 5],
+    "timeout": [1.5, 2.5, 3.5, 5.5],
+    "max_backoff": [1.0, 2.0, 3.0, 5.0],
+    "max_event_attempts": [1, 2, 3, 5],
+    "give_up_after": [1.0, 2.0, 3.0, 5.0],
+    "retention_days": [1.0, 2.0, 3.0, 5.0],
+    "busy_timeout": [1.0, 2.0, 3.0, 5.0],
+    "ca_bundle": [f"/ca/{n}.pem" for n in "abcd"],
+    "proxy": [f"http://{n}:3128" for n in "abcd"],
+    "no_proxy": list("abcd"),
+    "allow_insecure_http": [True, True, True, True],
+    "log_format": ["json", "json", "json", "json"],
+    "log_level": ["debug", "warning", "error", "debug"],
+}
+DEFAULTS = {
+    "api_url": "https://api.versioner.io", "concurrency": 4, "timeout": 30, "max_backoff": 120,
+    "max_event_attempts": 20, "give_up_after": 3600, "retention_days": 30, "busy_timeout": 10,
+    "allow_insecure_http": False, "log_format": "text", "log_level": "info",
+}  # fmt: skip
+
+
+def problems_of(call, *args):
+    with pytest.raises(ConfigError) as caught:
+        call(*args)
+    assert caught.value.exit_code == 3
+    return caught.value.problems
+
+
+def write(path, text, mode=0o600):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+def test_samples_name_every_option():
+    assert set(SAMPLES) == set(config.BY_KEY)
+
+
+def test_defaults_are_the_documented_ones():
+    settings = resolve({}, {}, [])
+
+    assert {key: value for key, value in settings.values.items() if value is not None} == DEFAULTS
+    assert set(settings.sources.values()) == {"default"}
+    assert not settings.is_explicit("timeout")
+
+
+def test_variables_keep_the_official_names():
+    names = {option.key: option.env for option in config.OPTIONS}
+
+    assert (names.pop("api_key"), names.pop("api_url")) == ("VERSIONER_API_KEY", "VERSIONER_API_URL")
+    assert names == {key: f"VERSIONER_AGENT_{key.upper()}" for key in names}
+
+
+@pytest.mark.parametrize("key", SAMPLES)
+def test_flag_wins_over_environment_over_user_over_system(key):
+    option = config.BY_KEY[key]
+    of_flag, of_env, of_user, of_system = SAMPLES[key]
+    flags, env = {key: of_flag}, {option.env: str(of_env)}
+    user, system = File(USER, {key: of_user}), File(SYSTEM, {key: of_system})
+    layers = [
+        (resolve(flags, env, [user, system]), of_flag, option.flag),
+        (resolve({key: None}, env, [user, system]), of_env, option.env),
+        (resolve({}, {option.env: ""}, [user, system]), of_user, USER),
+        (resolve({}, {}, [system]), of_system, SYSTEM),
+    ]
+
+    for settings, value, source in layers:
+        assert getattr(settings, key) == value
+        assert settings.sources[key] == source
+        assert settings.is_explicit(key)
+
+
+def test_layers_are_merged_key_by_key():
+    files = [File(USER, {"timeout": 5}), File(SYSTEM, {"timeout": 6, "concurrency": 8})]
+    settings = resolve({"max_backoff": "7"}, {"VERSIONER_AGENT_RETENTION_DAYS": "9"}, files)
+
+    assert (settings.timeout, settings.concurrency, settings.max_backoff, settings.retention_days) == (5, 8, 7, 9)
+    assert settings.sources["timeout"] == USER
+    assert settings.sources["concurrency"] == SYSTEM
+
+
+def test_all_bad_values_are_reported_at_once():
+    files = [File(USER, {"timeout": "soon", "cocurrency": 2}), File(SYSTEM, {"log_level": 5, "allow_insecure_http": 2})]
+    found = problems_of(
+        resolve,
+        {"concurrency": "many"},
+        {"VERSIONER_AGENT_MAX_BACKOFF": "-1", "VERSIONER_AGENT_LOG_FORMAT": "x"},
+        files,
+    )
+
+    assert len(found) == 7
+    for part in (
+        f"{USER}: unknown key 'cocurrency'; did you mean 'concurrency'?", f"timeout ({USER})", f"log_level ({SYSTEM})",
+        "allow_insecure_http", "concurrency (--concurrency)", "max_backoff (VERSIONER_AGENT_MAX_BACKOFF)", "log_format",
+    ):  # fmt: skip
+        assert any(part in problem for problem in found)
+
+
+def test_unknown_key_without_a_near_name():
+    assert problems_of(resolve, {}, {}, [File(USER, {"zzzzzz": 1})]) == [f"{USER}: unknown key 'zzzzzz'"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("concurrency", 0), ("concurrency", 65), ("concurrency", 1.5), ("concurrency", True), ("concurrency", "4.0"),
+        ("concurrency", "9" * 5000), ("concurrency", float("nan")), ("concurrency", float("inf")), ("timeout", "nan"),
+        ("timeout", "inf"), ("timeout", 0), ("timeout", [1]), ("timeout", {}), ("timeout", "9" * 5000),
+        ("retention_days", -1), ("db", ""), ("db", " "), ("db", 5), ("db", "a\0b"), ("proxy", ""), ("no_proxy", 1),
+        ("allow_insecure_http", "maybe"), ("allow_insecure_http", 1), ("log_level", "loud"), ("log_level", ["info"]),
+        ("api_key", 7), ("api_url", False),
+    ],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+def test_bad_value_is_refused(key, value):
+    (problem,) = problems_of(resolve, {}, {}, [File(USER, {key: value})])
+
+    assert problem.startswith(f"{key} ({USER}): must ")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("concurrency", " 8 ", 8), ("timeout", "0.5", 0.5), ("allow_insecure_http", "YES", True),
+        ("allow_insecure_http", "off", False), ("log_level", " DEBUG ", "debug"), ("no_proxy", " a,b ", "a,b"),
+    ],
+)  # fmt: skip
+def test_text_of_a_variable_is_read(key, text, value):
+    assert getattr(resolve({}, {config.BY_KEY[key].env: text}, []), key) == value
+
+
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = resolve({"db": "x/outbox.db", "ca_bundle": "~/ca.pem"}, {}, [])
+
+    assert settings.db == str(tmp_path / "x/outbox.db")
+    assert settings.ca_bundle == os.path.join(os.environ["HOME"], "ca.pem")
+
+
+@pytest.mark.parametrize("url", ["http://api.internal", "api.versioner.io", "https://u:pw@x", "https://x/?q=1"])
+def test_unusable_url_is_refused_with_its_source(url):
+    (problem,) = problems_of(resolve, {}, {"VERSIONER_API_URL": url}, [])
+
+    assert problem.startswith("api_url (VERSIONER_API_URL): ")
+    assert "pw" not in problem
+
+
+def test_plain_http_can_be_allowed_from_another_layer():
+    files = [File(SYSTEM, {"allow_insecure_http": True})]
+
+    assert resolve({}, {"VERSIONER_API_URL": "http://api.internal"}, files).api_url == "http://api.internal"
+
+
+def test_repr_masks_secrets():
+    settings = resolve({}, {"VERSIONER_API_KEY": "sk_acme_k1_s3cret"}, [])
+
+    assert "s3cret" not in repr(settings)
+    assert "***" in repr(settings)
+
+
+def test_repr_masks_the_password_of_a_proxy():
+    assert "s3cret" not in repr(resolve({"proxy": "http://me:s3cret@proxy:3128"}, {}, []))
+
+
+def test_unknown_setting_is_no_attribute():
+    with pytest.raises(AttributeError):
+        _ = resolve({}, {}, []).nothing
+
+
+def test_bad_key_is_never_repeated():
+    settings = resolve({}, {"VERSIONER_API_KEY": "sk_acme_k1 s3cret"}, [])
+    (problem,) = problems_of(read_key, settings, {"VERSIONER_API_KEY": "sk_acme_k1 s3cret"})
+
+    assert "VERSIONER_API_KEY" in problem
+    assert "s3cret" not in problem
+
+
+@pytest.fixture
+def no_system_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "SYSTEM_FILE", str(tmp_path / "etc" / "config.toml"))
+    return tmp_path / "etc" / "config.toml"
+
+
+def test_missing_files_are_absent(no_system_file, tmp_path):
+    settings = load({}, {})
+
+    assert set(settings.sources.values()) == {"default"}
+    assert settings.db == str(tmp_path / "xdg-state" / "versioner-agent" / "outbox.db")
+
+
+def test_user_and_system_file_are_found(no_system_file, tmp_path):
+    user = write(tmp_path / "xdg-config" / "versioner-agent" / "config.toml", "timeout = 5\n")
+    system = write(no_system_file, 'timeout = 6\ndb = "/var/outbox.db"\n')
+    settings = load({}, {})
+
+    assert (settings.timeout, settings.sources["timeout"]) == (5, user)
+    assert (settings.db, settings.sources["db"]) == ("/var/outbox.db", system)
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_named_file_replaces_both(by, no_system_file, tmp_path):
+    write(tmp_path / "xdg-config" / "versioner-agent" / "config.toml", "timeout = 5\n")
+    write(no_system_file, "concurrency = 7\n")
+    named = write(tmp_path / "mine.toml", "max_backoff = 9\n")
+    settings = load({}, {}, named) if by == "flag" else load({}, {"VERSIONER_AGENT_CONFIG": named})
+
+    assert (settings.timeout, settings.concurrency, settings.max_backoff) == (30, 4, 9)
+
+
+def test_named_file_that_is_missing_is_absent(tmp_path):
+    assert load({}, {}, str(tmp_path / "none.toml")).timeout == 30
+
+
+def test_empty_file_says_nothing(tmp_path):
+    assert load({}, {}, write(tmp_path / "c.toml", " \n")).timeout == 30
+
+
+def test_directory_in_place_of_a_file_is_an_error(tmp_path):
+    assert "can't read" in problems_of(load, {}, {}, str(tmp_path))[0]
+
+
+def test_file_below_a_file_is_an_error(tmp_path):
+    below = write(tmp_path / "c.toml", "") + "/config.toml"
+
+    assert "can't read" in problems_of(load, {}, {}, below)[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file_is_an_error(tmp_path):
+    assert "can't read" in problems_of(load, {}, {}, write(tmp_path / "c.toml", "timeout = 5", 0o000))[0]
+
+
+def test_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", refuse)
+
+    assert problems_of(load, {}, {}, "/etc/x.toml") == ["can't read /etc/x.toml: Permission denied"]
+
+
+def test_link_to_itself_is_an_error(tmp_path):
+    (tmp_path / "c.toml").symlink_to("c.toml")
+
+    assert "can't read" in problems_of(load, {}, {}, str(tmp_path / "c.toml"))[0]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"timeout", b"timeout = 5\ntimeout = 6", b"\xff", b"x = " + b"[" * 100_000],
+    ids=lambda data: repr(data[:15]),
+)
+def test_broken_file_is_an_error(data, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_bytes(data)
+
+    assert "not valid TOML" in problems_of(load, {}, {}, str(path))[0]
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o640, 0o602, 0o644, 0o610])
+def test_key_in_a_file_that_others_reach_is_refused(mode, tmp_path):
+    path = write(tmp_path / "c.toml", 'api_key = "sk_acme_k1_s3cret"', mode)
+    (problem,) = problems_of(load, {}, {}, path)
+
+    assert path in problem
+    assert "s3cret" not in problem
+
+
+def test_key_in_a_private_file_is_read(tmp_path):
+    path = write(tmp_path / "c.toml", 'api_key = "sk_acme_k1_x"')
+
+    assert read_key(load({}, {}, path), {}) == "sk_acme_k1_x"
+
+
+def test_file_without_a_key_may_be_read_by_all(tmp_path):
+    assert load({}, {}, write(tmp_path / "c.toml", "timeout = 5", 0o644)).timeout == 5
+
+
+def test_key_is_looked_for_in_this_order(tmp_path):
+    """Variable, credential of the service, key file, configuration file; an empty one is absent."""
+    of_file = tmp_path / "key"
+    path = write(tmp_path / "c.toml", f'api_key = "sk_config"\napi_key_file = "{of_file}"')
+    of_file.write_text("sk_file\n")
+    credential = tmp_path / "credentials" / "api_key"
+    write(credential, " sk_credential\n")
+    env = {"VERSIONER_API_KEY": "sk_env", "CREDENTIALS_DIRECTORY": str(credential.parent)}
+    settings = load({}, {}, path)
+
+    assert read_key(settings, env) == "sk_env"
+    assert read_key(settings, {**env, "VERSIONER_API_KEY": " "}) == "sk_credential"
+    credential.write_text("\n")
+    assert read_key(settings, {**env, "VERSIONER_API_KEY": ""}) == "sk_file"
+    credential.unlink()
+    assert read_key(settings, {**env, "VERSIONER_API_KEY": ""}) == "sk_file"
+    of_file.write_text("")
+    assert read_key(settings, {}) == "sk_config"
+
+
+def test_key_file_is_read_anew_each_time(tmp_path):
+    path = tmp_path / "key"
+    settings = resolve({"api_key_file": str(path)}, {}, [])
+    for key in ("sk_a", "sk_b"):
+        path.write_text(key)
+
+        assert read_key(settings, {}) == key
+
+
+def test_no_key_is_none():
+    assert read_key(resolve({}, {}, []), {}) is None
+
+
+def test_missing_key_file_is_an_error(tmp_path):
+    settings = resolve({"api_key_file": str(tmp_path / "none")}, {}, [])
+
+    assert "does not exist" in problems_of(read_key, settings, {})[0]
+
+
+def test_key_file_that_is_a_directory_is_an_error(tmp_path):
+    settings = resolve({"api_key_file": str(tmp_path)}, {}, [])
+
+    assert "can't read the API key" in problems_of(read_key, settings, {})[0]
+
+
+@pytest.mark.parametrize("key", ["sk a", "sk\na", "sk_é", "sk\x00", "sk\x7f"], ids=ascii)
+def test_key_that_no_header_can_carry_is_refused(key):
+    (problem,) = problems_of(read_key, resolve({}, {}, []), {"VERSIONER_API_KEY": key})
+
+    assert problem == "the API key in VERSIONER_API_KEY holds characters that no key has"
