@@ -116,8 +116,8 @@ class Agent:
             settings = self._reload()
             if os.path.realpath(settings.db) != ledger.store.path:
                 raise AgentError("another outbox (db) takes a restart")
+            _check_destination(ledger, _here(settings, self._env))
             fresh, options, here = _delivery(settings, self._env)
-            _check_destination(ledger, here)
         except AgentError as exc:
             logger.error("reload: %s; the old configuration stays", printable(exc.message))  # noqa: TRY400
             return sender

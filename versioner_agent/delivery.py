@@ -90,9 +90,8 @@ class Sender:
                 body += chunk
                 if len(body) > MAX_ANSWER_BYTES:
                     return no_answer(f"HTTP {response.status_code} with an answer of over {MAX_ANSWER_BYTES} bytes")
-            # A server may quote what it was sent: the key must not get any further than here.
             text = bytes(body).replace(key.encode(), b"***")
-            return classify(response.status_code, dict(response.headers), text, time.time())
+            return _without(key, classify(response.status_code, dict(response.headers), text, time.time()))
 
     def _failure(self, exc: Exception, key: str) -> Outcome:
         url = urlsplit(self._target.api_url)
@@ -214,6 +213,13 @@ _WHAT: dict[type[Exception], str] = {
     httpcore.LocalProtocolError: "the request can't be written as HTTP",
     httpcore.UnsupportedProtocol: "unsupported URL",
 }
+
+
+def _without(key: str, outcome: Outcome) -> Outcome:
+    """Mask the key in what a server quoted of our request: it must not get any further than here."""
+    words = ("detail", "server_id", "code", "rule", "retry_after")
+    quoted = {name: value.replace(key, "***") for name in words if (value := getattr(outcome, name)) is not None}
+    return outcome._replace(**quoted)
 
 
 def _pool(target: Target, context: ssl.SSLContext) -> httpcore.ConnectionPool:

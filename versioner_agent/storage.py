@@ -117,7 +117,9 @@ class Store:
         try:
             # Before any setting is made: a file that is not ours must not be changed.
             application_id, version, pages = connection.execute(IDENTIFY).fetchone()
-            if pages == 0 and os.stat(self.path).st_size == 0:  # just made, or by somebody who was killed before the first commit
+            if (
+                pages == 0 and os.stat(self.path).st_size == 0
+            ):  # just made, or by somebody who was killed before the first commit
                 if not create:
                     raise self._missing()
                 self._create(connection)

@@ -35,9 +35,9 @@ def trust(ca_bundle: str | None) -> tuple[ssl.SSLContext, str]:
         except (OSError, ssl.SSLError) as exc:
             raise ConfigError([f"ca_bundle: can't read certificates from {ca_bundle}: {exc}"]) from exc
     paths = ssl.get_default_verify_paths()
-    named = os.environ.get(paths.openssl_cafile_env) or os.environ.get(paths.openssl_capath_env)
-    if named:
-        return ssl.create_default_context(), f"{paths.openssl_cafile_env} {named}"
+    for variable in (paths.openssl_cafile_env, paths.openssl_capath_env):
+        if os.environ.get(variable):
+            return ssl.create_default_context(), f"{variable} {os.environ[variable]}"
     if paths.cafile or (paths.capath and os.listdir(paths.capath)):
         return ssl.create_default_context(), f"the system's store {paths.cafile or paths.capath}"
     for store in _SYSTEM_STORES:

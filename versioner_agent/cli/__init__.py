@@ -94,6 +94,7 @@ def root() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 outbox or I/O, 2 usage, 3 configuration, 4/5 refused, 75 queued."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A name that the terminal's encoding can't show must not end a build.
@@ -104,6 +105,17 @@ def main() -> NoReturn:
     except OSError:
         _silence_stdout()
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Put /dev/null where the caller closed stdin, stdout or stderr, or the next file opened would take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  # for the rest of the process
 
 
 def _run() -> int:

@@ -35,6 +35,8 @@ def settings_options(*keys: str) -> Callable[[Decorated], Decorated]:
     return decorate
 
 
+#: What a record's id can be: SQLite's integers from 1 on.
+RECORD_ID = click.IntRange(1, 2**63 - 1)
 #: The settings that `run` and `flush` take as flags: all that have one.
 DELIVERY_KEYS = tuple(option.key for option in config.OPTIONS if option.flag and option.key != "db")
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from versioner_agent.cli._common import echo, echo_json, json_option, load_settings, settings_options, styled, table
+from versioner_agent.cli._common import (
+    RECORD_ID,
+    echo,
+    echo_json,
+    json_option,
+    load_settings,
+    settings_options,
+    styled,
+    table,
+)
 from versioner_agent.errors import UsageError
 from versioner_agent.schema import STATES
 from versioner_agent.text import age, printable, utc_time
@@ -56,7 +65,7 @@ def list_records(state: str | None, product: str | None, limit: int, as_json: bo
 
 
 @click.command()
-@click.argument("record_id", type=int, metavar="ID")
+@click.argument("record_id", type=RECORD_ID, metavar="ID")
 @settings_options()
 @json_option
 def show(record_id: int, as_json: bool, **options: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from versioner_agent.cli._common import echo_json, json_option, load_settings, settings_options
+from versioner_agent.cli._common import RECORD_ID, echo_json, json_option, load_settings, settings_options
 from versioner_agent.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _REFUSED = ("not_found", "refused", "out_of_order")
 
 
 @click.command()
-@click.argument("ids", type=int, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
 @click.option("--all-failed", is_flag=True, help="All failed records.")
 @click.option("--out-of-order", is_flag=True, help="Also what a later event of its run has overtaken.")
 @settings_options()
@@ -44,7 +44,7 @@ def retry(ids: tuple[int, ...], all_failed: bool, out_of_order: bool, as_json: b
 
 
 @click.command()
-@click.argument("ids", type=int, nargs=-1, required=True, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, required=True, metavar="ID...")
 @click.option("--yes", is_flag=True, help="Discard pending records too: they will never be delivered.")
 @settings_options()
 @json_option

@@ -1,0 +1,127 @@
+"""A host with an outbox of its own: runs the real command line against it, and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from versioner_agent import review
+from versioner_agent.locks import FlusherLock
+from versioner_agent.outbox import Outbox
+from versioner_agent.storage import Store
+
+KEY = "sk_acme_k1_journeysecret"
+COMMAND = (sys.executable, "-m", "versioner_agent")
+
+
+def eventually(predicate, within=30.0):
+    """Wait until *predicate* returns something true, and return that."""
+    end = time.monotonic() + within
+    while True:
+        found = predicate()
+        if found:
+            return found
+        assert time.monotonic() < end, "this did not happen in time"
+        time.sleep(0.02)
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Host:
+    """One outbox, one configured API, the processes started here, and all that they said."""
+
+    def __init__(self, directory, api_url):
+        self.directory = directory
+        self.path = str(directory / "state" / "outbox.db")
+        self.config = directory / "config.toml"
+        self.config.write_text("")
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(directory),
+            "LANG": "C.UTF-8",
+            "VERSIONER_AGENT_DB": self.path,
+            "VERSIONER_AGENT_CONFIG": str(self.config),
+            "VERSIONER_API_URL": api_url,
+            "VERSIONER_API_KEY": KEY,
+            "VERSIONER_AGENT_MAX_BACKOFF": "0.1",
+        }
+        self._outbox = Outbox(self.path)
+        self._processes = []
+
+    def queue(self, product, count=1, first=1, **fields):
+        """Queue versions *first*, *first*+1 … of *product*; returns the ids."""
+        versions = [str(number) for number in range(first, first + count)]
+        event = {"product_name": product, "status": "completed", **fields}
+        kind = "deployment" if "environment_name" in event else "build"
+        return [self._outbox.enqueue(kind, {**event, "version": version}).id for version in versions]
+
+    def run(self, *args, stdin=b"", within=60, **env):
+        """Run a command to its end."""
+        return subprocess.run(
+            (*COMMAND, *args), input=stdin, capture_output=True, timeout=within, env={**self.env, **env}, check=False
+        )
+
+    def json(self, *args):
+        """Run a command with --json; returns one object per line."""
+        done = self.run(*args, "--json")
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def start(self, *args, **env):
+        """Start a command in the background; what it says goes to a file."""
+        log = self.directory / f"process-{len(self._processes)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen((*COMMAND, *args), stdout=file, stderr=file, env={**self.env, **env})
+        process.log = log
+        self._processes.append(process)
+        return process
+
+    def agent(self, *args, **env):
+        """Start an agent and wait until it delivers."""
+        process = self.start("run", *args, **env)
+        eventually(lambda: "delivers from" in process.log.read_text() or process.poll() is not None)
+        assert process.poll() is None, process.log.read_text()
+        return process
+
+    def end(self, process, number=signal.SIGTERM, within=30):
+        """Send a signal and return the exit status."""
+        process.send_signal(number)
+        return process.wait(within)
+
+    def presence(self):
+        return FlusherLock(self.path).presence()
+
+    def record(self, record_id):
+        """The record, its payload and its attempts."""
+        with contextlib.closing(Store(self.path)) as store:
+            return review.show(store, record_id)
+
+    def counts(self):
+        """Records by state, without the states that nothing is in."""
+        with contextlib.closing(Store(self.path)) as store:
+            return {state: count for state, count in review.stats(store).counts.items() if count}
+
+    def health(self):
+        with contextlib.closing(Store(self.path)) as store:
+            return review.stats(store).health
+
+    def said(self):
+        """All that background processes said."""
+        return b"".join(process.log.read_bytes() for process in self._processes)
+
+    def close(self):
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait(30)
+        self._outbox.close()
