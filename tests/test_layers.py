@@ -16,7 +16,9 @@ ALLOWED = {
     "text": set(),
     "urls": set(),
     "schema": set(),
-    "events": {"errors", "integrity"},
+    "values": set(),
+    "events": {"errors", "integrity", "values"},
+    "bodies": {"errors", "events", "values"},
     "outcomes": {"text"},
     "policy": {"outcomes"},
     "integrity": set(),
@@ -44,7 +46,7 @@ ALLOWED = {
 }  # fmt: skip
 #: What no decision may touch: the world, the clock, the dice.
 IMPURE = {"httpx", "logging", "os", "random", "secrets", "socket", "sqlite3", "subprocess", "threading", "time"}
-PURE = ("errors", "text", "urls", "events", "outcomes", "policy", "records", "integrity", "schema")
+PURE = ("errors", "text", "urls", "values", "events", "bodies", "outcomes", "policy", "records", "integrity", "schema")
 
 
 def imported(module: str) -> set[str]:

@@ -8,7 +8,6 @@ Tracking API's documentation (required fields, status values) and from running t
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple
 
 from versioner_agent.errors import ValidationError
 from versioner_agent.integrity import hash_of
+from versioner_agent.values import json_type, shorten, shown, string_problem, tree_problems
 
 KINDS = ("build", "deployment")
 MAX_BODY_BYTES = 256 * 1024
 MAX_METADATA_BYTES = 100 * 1024
-MAX_DEPTH = 64  # levels of nesting in extra_metadata
 #: Clocks before this are wrong: the package did not exist yet (seconds since 1970, 2026-11-01 UTC).
 RELEASED_AT = 1_793_491_200
 #: Prefix of what the agent adds to extra_metadata (`vi_` is the ecosystem's prefix for automatic values).
@@ -72,8 +71,8 @@ FIELDS = (
     Field("extra_metadata", "--extra-metadata", "object", "A JSON object, @FILE, or - for stdin."),
 )
 
-_ALL_NAMES = frozenset(field.name for field in FIELDS)
-_FIELDS_OF = {kind: {f.name: f for f in FIELDS if kind in f.kinds} for kind in KINDS}
+ALL_NAMES = frozenset(field.name for field in FIELDS)
+FIELDS_OF = {kind: {f.name: f for f in FIELDS if kind in f.kinds} for kind in KINDS}
 _REQUIRED_OF = {kind: tuple(f.name for f in FIELDS if kind in f.kinds and f.required) for kind in KINDS}
 
 #: canonical status -> (aliases for both kinds, for deployments only, for builds only), all lower case.
@@ -123,76 +122,6 @@ class Stamp(NamedTuple):
     agent_version: str
 
 
-def parse_json(data: bytes, source: str = "input") -> list[tuple[str, Any]]:
-    """Read one object, an array or JSON lines as [(where, value)]; raises ValidationError, never anything else.
-
-    Stricter than `json`: NaN, Infinity and duplicate keys are refused. Several documents may follow one another.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        message = f"{source}: byte {exc.start} (0x{data[exc.start]:02x}) is not UTF-8"
-        raise ValidationError([message]) from exc
-    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    values: list[tuple[str, Any]] = []
-    position = _skip_space(text, 0)
-    if position == len(text):
-        raise ValidationError([f"{source}: empty, expected a JSON object, an array or JSON lines"])
-    while position < len(text):
-        # Lines are counted for errors only; a message about the fifth of ten objects must say where it is.
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as exc:
-            message = f"{source}: line {exc.lineno} column {exc.colno}: not valid JSON: {exc.msg}"
-            raise ValidationError([message]) from exc
-        except RecursionError as exc:
-            raise ValidationError([f"{source}: nested too deeply"]) from exc
-        except ValueError as exc:
-            line = text.count("\n", 0, position) + 1
-            raise ValidationError([f"{source}: in the object at line {line}: {exc}"]) from exc
-        values.append((f"event {len(values) + 1}", value))
-        position = _skip_space(text, end)
-    if len(values) == 1:
-        only = values[0][1]
-        if isinstance(only, list):
-            if not only:
-                raise ValidationError([f"{source}: an empty array holds no event"])
-            return [(f"event {number}", value) for number, value in enumerate(only, 1)]
-        return [("", only)]
-    return values
-
-
-def parse_object(text: str, name: str) -> dict[str, Any]:
-    """Read *text* as one JSON object for the field *name*; raises ValidationError."""
-    try:
-        data = text.encode()
-    except UnicodeEncodeError as exc:
-        raise ValidationError([f"{name}: holds bytes that are not UTF-8"]) from exc
-    values = parse_json(data, name)
-    if len(values) != 1 or values[0][0] or not isinstance(values[0][1], dict):
-        raise ValidationError([f"{name}: must be one JSON object"])
-    return values[0][1]
-
-
-def validate_all(
-    items: Iterable[tuple[str, Any]], kind: str | None = None, *, allow_unknown: bool = False
-) -> list[Event]:
-    """Validate [(where, fields)] whose kind may have to be inferred; raises ValidationError with all problems."""
-    events: list[Event] = []
-    problems: list[str] = []
-    for where, fields in items:
-        prefix = f"{where}: " if where else ""
-        try:
-            if not isinstance(fields, dict):
-                raise ValidationError([f"must be a JSON object, not {_json_type(fields)}"])
-            events.append(_infer_and_validate(fields, kind, allow_unknown=allow_unknown))
-        except ValidationError as exc:
-            problems += [prefix + problem for problem in exc.problems]
-    if problems:
-        raise ValidationError(problems)
-    return events
-
-
 def validate(kind: str, fields: Mapping[str, Any], *, allow_unknown: bool = False) -> Event:
     """Check *fields* of an event of *kind* and return it in canonical form; raises ValidationError with all problems.
 
@@ -200,7 +129,7 @@ def validate(kind: str, fields: Mapping[str, Any], *, allow_unknown: bool = Fals
     """
     if kind not in KINDS:
         raise ValidationError([f"kind must be build or deployment, not {kind!r}"])
-    known = _FIELDS_OF[kind]
+    known = FIELDS_OF[kind]
     checked: dict[str, Any] = {}
     problems: list[str] = []
     given: Mapping[Any, Any] = fields  # a script may pass anything
@@ -213,8 +142,8 @@ def validate(kind: str, fields: Mapping[str, Any], *, allow_unknown: bool = Fals
         elif not allow_unknown:
             problems.append(_unknown_field(name, kind))
         else:
-            problem = _string_problem(name)
-            problems += [f"{_shorten(_shown(name))}: {problem}"] if problem else _tree_problems(name, value)
+            problem = string_problem(name)
+            problems += [f"{shorten(shown(name))}: {problem}"] if problem else tree_problems(name, value)
             checked[name] = value
     for name in _REQUIRED_OF[kind]:
         if name not in checked and not any(problem.startswith(f"{name}:") for problem in problems):
@@ -323,33 +252,6 @@ def _encode(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _infer_and_validate(fields: dict[str, Any], kind: str | None, *, allow_unknown: bool) -> Event:
-    named = fields.get("kind")
-    rest = {name: value for name, value in fields.items() if name != "kind"}
-    if named is not None and named not in KINDS:
-        raise ValidationError([f'kind: must be "build" or "deployment", not {_shown(named)}'])
-    if named is not None and kind is not None and named != kind:
-        raise ValidationError([f"kind: the event says {named}, the command says {kind}"])
-    chosen = kind or named
-    if chosen is None:
-        chosen = "deployment" if rest.get("environment_name") is not None else "build"
-        if chosen == "build":
-            _refuse_half_a_deployment(rest)
-    return validate(chosen, rest, allow_unknown=allow_unknown)
-
-
-def _refuse_half_a_deployment(fields: dict[str, Any]) -> None:
-    only = [name for name in fields if name in _ALL_NAMES and name not in _FIELDS_OF["build"]]
-    status = fields.get("status")
-    if isinstance(status, str) and status.strip().lower() in STATUSES["completed"][1] + STATUSES["started"][1]:
-        only.append(f"status {status.strip()}")
-    only = [name for name in only if name != "environment_name"]
-    if only:
-        raise ValidationError(
-            [f"{', '.join(only)}: belongs to a deployment; add environment_name, or say which with --kind"]
-        )
-
-
 def _check_field(field: Field, kind: str, value: Any, checked: dict[str, Any], problems: list[str]) -> None:
     """Put the canonical value into *checked*, or what is wrong into *problems*."""
     if value is None:
@@ -363,12 +265,12 @@ def _check_field(field: Field, kind: str, value: Any, checked: dict[str, Any], p
         if isinstance(value, bool):
             checked[field.name] = value
         else:
-            problems.append(f"{field.name}: must be true or false, not {_json_type(value)}")
+            problems.append(f"{field.name}: must be true or false, not {json_type(value)}")
         return
     if not isinstance(value, str):
-        problems.append(f"{field.name}: must be a string, not {_json_type(value)}")
+        problems.append(f"{field.name}: must be a string, not {json_type(value)}")
         return
-    problem = _string_problem(value)
+    problem = string_problem(value)
     if problem:
         problems.append(f"{field.name}: {problem}")
         return
@@ -394,11 +296,11 @@ def _check_status(kind: str, value: str) -> tuple[str, str]:
     words = _CANONICAL_OF[kind]
     close = nearest(value.lower(), words)
     advice = f"did you mean {close!r}?" if close else f"one of {', '.join(STATUSES)}"
-    return value, f"unknown status {_shown(value)} for a {kind}; {advice}"
+    return value, f"unknown status {shown(value)} for a {kind}; {advice}"
 
 
 def _check_timestamp(_kind: str, value: str) -> tuple[str, str]:
-    wrong = f"{_shown(value)} is not an RFC 3339 time with an offset, like 2026-11-06T15:30:00Z"
+    wrong = f"{shown(value)} is not an RFC 3339 time with an offset, like 2026-11-06T15:30:00Z"
     match = re.fullmatch(_TIMESTAMP, value, re.ASCII)
     if match is None:
         return value, wrong
@@ -421,8 +323,8 @@ _CHECKS: dict[str, Callable[[str, str], tuple[str, str]]] = {
 
 def _metadata_problems(value: Any) -> list[str]:
     if not isinstance(value, dict):
-        return [f"extra_metadata: must be a JSON object, not {_json_type(value)}"]
-    problems = _tree_problems("extra_metadata", value)
+        return [f"extra_metadata: must be a JSON object, not {json_type(value)}"]
+    problems = tree_problems("extra_metadata", value)
     if not problems:
         size = len(_encode(value))
         if size > MAX_METADATA_BYTES:
@@ -430,102 +332,10 @@ def _metadata_problems(value: Any) -> list[str]:
     return problems
 
 
-def _tree_problems(name: str, root: Any) -> list[str]:
-    """Say what in *root* can't be sent as JSON; walks without recursion, so no input can exhaust the stack."""
-    stack: list[tuple[str, Any, int]] = [(name, root, 1)]
-    problems: list[str] = []
-    while stack and len(problems) < 10:
-        path, value, depth = stack.pop()
-        if isinstance(value, str):
-            problem = _string_problem(value)
-        elif isinstance(value, dict | list | tuple):
-            problem = "" if depth <= MAX_DEPTH else f"nested deeper than {MAX_DEPTH} levels"
-            if not problem:
-                stack += _children(path, value, depth + 1, problems)
-        else:
-            problem = _scalar_problem(value)
-        if problem:
-            problems.append(f"{_shorten(path)}: {problem}")
-    return problems
-
-
-def _children(path: str, value: Any, depth: int, problems: list[str]) -> list[tuple[str, Any, int]]:
-    if not isinstance(value, dict):
-        return [(f"{path}[{index}]", child, depth) for index, child in enumerate(value)]
-    found = []
-    for key, child in value.items():
-        problem = _string_problem(key) if isinstance(key, str) else "keys must be strings"
-        if problem:
-            problems.append(f"{_shorten(path)}: key {_shown(key)}: {problem}")
-        else:
-            found.append((f"{path}.{key}", child, depth))
-    return found
-
-
-def _scalar_problem(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return ""
-    if isinstance(value, int):
-        # Python refuses to print integers over 4300 digits, and no API reads them.
-        return "" if value.bit_length() <= 1024 else "the number is too large"
-    if isinstance(value, float):
-        return "" if math.isfinite(value) else "must be a finite number (no NaN, no Infinity)"
-    return f"{type(value).__name__} is not a JSON value"
-
-
-def _string_problem(value: str) -> str:
-    if value.isascii():
-        return "must not hold a NUL character" if "\0" in value else ""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "holds a lone surrogate or bytes that are not UTF-8"
-    return "must not hold a NUL character" if "\0" in value else ""
-
-
 def _unknown_field(name: str, kind: str) -> str:
-    if name in _ALL_NAMES:
+    if name in ALL_NAMES:
         other = "deployment" if kind == "build" else "build"
         return f"{name}: is a field of a {other}, not of a {kind}"
-    close = nearest(name, _FIELDS_OF[kind])
+    close = nearest(name, FIELDS_OF[kind])
     advice = f"did you mean {close!r}?" if close else "put it into extra_metadata, or --allow-unknown-fields"
-    return f"{_shorten(_shown(name))}: unknown field; {advice}"
-
-
-def _json_type(value: Any) -> str:
-    names = ((bool, "a boolean"), (dict, "an object"), (list, "an array"), (str, "a string"), (type(None), "null"))
-    for kind, name in names:
-        if isinstance(value, kind):
-            return name
-    return "a number" if isinstance(value, int | float) else type(value).__name__
-
-
-def _shown(value: Any) -> str:
-    return _shorten(ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value))
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _skip_space(text: str, position: int) -> int:
-    """Return where the next JSON value starts; JSON's white space only (RFC 8259 section 2)."""
-    end = len(text)
-    while position < end and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {_shown(key)} is given twice")
-            seen.add(key)
-    return found
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+    return f"{shorten(shown(name))}: unknown field; {advice}"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from versioner_agent import events
+from versioner_agent import events, values
 from versioner_agent.errors import ValidationError
 
 BUILD = {"product_name": "payments", "version": "1.2.3", "status": "completed"}
@@ -264,8 +264,8 @@ def test_nesting_has_a_limit():
             root = {"a": root}
         return {**BUILD, "extra_metadata": root}
 
-    events.validate("build", nested(events.MAX_DEPTH))
-    assert "nested deeper" in problems_of("build", nested(events.MAX_DEPTH + 1))[0]
+    events.validate("build", nested(values.MAX_DEPTH))
+    assert "nested deeper" in problems_of("build", nested(values.MAX_DEPTH + 1))[0]
     assert "nested deeper" in problems_of("build", nested(100_000))[0]
 
 

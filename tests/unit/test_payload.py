@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from versioner_agent import events
+from versioner_agent import bodies, events
 
 NOW = events.RELEASED_AT + 1_000_000.25
 STAMP = events.Stamp("0b0e7a1c-0000-4000-8000-000000000000", NOW, "ci-7", "0.1.0")
@@ -191,7 +191,7 @@ def test_metadata_arrives_as_it_was_given(metadata):
 def test_any_bytes_are_read_or_refused(data):
     """No input makes reading or validating raise anything but ValidationError."""
     try:
-        for event in events.validate_all(events.parse_json(data)):
+        for event in bodies.validate_all(bodies.parse_json(data)):
             events.payload(event, STAMP)
     except events.ValidationError as exc:
         str(exc).encode()

@@ -131,9 +131,11 @@ def _json() -> click.Command:
         versioner-agent enqueue json event.json
         versioner-agent enqueue json --kind build - < builds.jsonl
         """
+        from versioner_agent import bodies  # noqa: PLC0415  # only where there is JSON to read
+
         source = options["file"]
-        items = events.parse_json(_read(source), "standard input" if source == "-" else source)
-        valid = events.validate_all(items, options["kind"], allow_unknown=options["allow_unknown_fields"])
+        items = bodies.parse_json(_read(source), "standard input" if source == "-" else source)
+        valid = bodies.validate_all(items, options["kind"], allow_unknown=options["allow_unknown_fields"])
         _enqueue(valid, options)
 
     return from_json
@@ -173,7 +175,9 @@ def _metadata(options: dict[str, Any]) -> dict[str, Any]:
             text = _read(name).decode("utf-8", "surrogateescape")
         else:
             text = given
-        metadata = events.parse_object(text, "extra_metadata")
+        from versioner_agent import bodies  # noqa: PLC0415  # only where there is JSON to read
+
+        metadata = bodies.parse_object(text, "extra_metadata")
     for pair in options["meta"]:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
