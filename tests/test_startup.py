@@ -10,12 +10,12 @@ import sys
 import pytest
 
 HEAVY = {
-    "hashlib",
+    "hashlib", "platformdirs",
     "asyncio", "http.server", "httpcore", "httpx", "importlib.metadata", "logging", "pathlib", "secrets", "ssl",
     "subprocess",
 }  # fmt: skip
 #: Needed only to find files that nobody named.
-FILES = {"platformdirs", "tomllib"}
+FILES = {"tomllib"}
 
 RUN = """
 import json, sys

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -173,14 +174,14 @@ def resolve(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File])
 def load(flags: Mapping[str, Any], env: Mapping[str, str], config: str | None = None) -> Settings:
     """Read the configuration files and resolve; *config* (a flag) or VERSIONER_AGENT_CONFIG replaces both files.
 
-    The path of the outbox is filled in at last, for looking it up is what costs most. Raises ConfigError.
+    Raises ConfigError.
     """
     named = config or env.get(ENV_CONFIG)
-    paths = [named] if named else [_user_file(), SYSTEM_FILE]
+    paths = [named] if named else [os.path.join(_user_directory("config", env), "config.toml"), SYSTEM_FILE]
     found = [_read(path) for path in paths]
     settings = resolve(flags, env, [file for file in found if file is not None])
     if settings.values["db"] is None:
-        settings.values["db"] = os.path.join(_platformdirs().user_state_path(APP_NAME, appauthor=False), "outbox.db")
+        settings.values["db"] = os.path.join(_user_directory("state", env), "outbox.db")
     return settings
 
 
@@ -275,11 +276,21 @@ def _read_key_file(path: str, *, missing_is_error: bool) -> str:
         raise ConfigError([f"can't read the API key from {path}: {exc.strerror}"]) from exc
 
 
-def _user_file() -> str:
-    return os.path.join(_platformdirs().user_config_path(APP_NAME, appauthor=False), "config.toml")
+def _user_directory(purpose: str, env: Mapping[str, str]) -> str:
+    """Return the user's directory for `config` or `state`, as platformdirs names it.
+
+    On Linux that is the XDG Base Directory Specification, read here: importing platformdirs would take a tenth of the
+    time of an `enqueue`. A test holds the two together.
+    """
+    variable, default = _XDG[purpose]
+    if _IS_LINUX:
+        base = env.get(variable, "").strip()
+        return os.path.join(base if os.path.isabs(base) else os.path.expanduser(default), APP_NAME)
+    import platformdirs
+
+    found = platformdirs.user_config_dir if purpose == "config" else platformdirs.user_state_dir
+    return found(APP_NAME, appauthor=False)
 
 
-def _platformdirs() -> Any:
-    import platformdirs  # 10 ms, spared where the environment names both paths
-
-    return platformdirs
+_IS_LINUX = sys.platform.startswith("linux")
+_XDG = {"config": ("XDG_CONFIG_HOME", "~/.config"), "state": ("XDG_STATE_HOME", "~/.local/state")}

@@ -76,7 +76,8 @@ def _enqueuing(directory: str, size: int) -> Callable[[], float]:
 
 def _seeking(directory: str, size: int) -> Callable[[], float]:
     ledger = Ledger(Outbox(_outbox_in(directory)).store)
-    cursors = itertools.cycle(_key(n) for n in range(0, size // EVENTS_PER_KEY, SEEK))
+    # Each look finds as many keys as it asks for, in the small outbox too.
+    cursors = itertools.cycle(_key(n) for n in range(0, size // EVENTS_PER_KEY - SEEK, SEEK))
     return lambda: _mean(lambda: ledger.keys(next(cursors), SEEK, frozenset()))
 
 

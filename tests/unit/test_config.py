@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import platformdirs
 import pytest
 
 from versioner_agent import config
@@ -203,7 +205,7 @@ def no_system_file(monkeypatch, tmp_path):
 
 
 def test_missing_files_are_absent(no_system_file, tmp_path):
-    settings = load({}, {})
+    settings = load({}, os.environ)
 
     assert set(settings.sources.values()) == {"default"}
     assert settings.db == str(tmp_path / "xdg-state" / "versioner-agent" / "outbox.db")
@@ -212,7 +214,7 @@ def test_missing_files_are_absent(no_system_file, tmp_path):
 def test_user_and_system_file_are_found(no_system_file, tmp_path):
     user = write(tmp_path / "xdg-config" / "versioner-agent" / "config.toml", "timeout = 5\n")
     system = write(no_system_file, 'timeout = 6\ndb = "/var/outbox.db"\n')
-    settings = load({}, {})
+    settings = load({}, os.environ)
 
     assert (settings.timeout, settings.sources["timeout"]) == (5, user)
     assert (settings.db, settings.sources["db"]) == ("/var/outbox.db", system)
@@ -347,3 +349,17 @@ def test_key_that_no_header_can_carry_is_refused(key):
     (problem,) = problems_of(read_key, resolve({}, {}, []), {"VERSIONER_API_KEY": key})
 
     assert problem == "the API key in VERSIONER_API_KEY holds characters that no key has"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere platformdirs is asked")
+@pytest.mark.parametrize("home", [None, "", "  ", "/elsewhere"], ids=["unset", "empty", "blank", "set"])
+@pytest.mark.parametrize("purpose", ["config", "state"])
+def test_directories_are_those_of_platformdirs(monkeypatch, purpose, home):
+    """The enqueue path spares itself the import; the answer must be the same."""
+    variable = f"XDG_{purpose.upper()}_HOME"
+    monkeypatch.delenv(variable, raising=False)
+    if home is not None:
+        monkeypatch.setenv(variable, home)
+    expected = {"config": platformdirs.user_config_dir, "state": platformdirs.user_state_dir}[purpose]
+
+    assert config._user_directory(purpose, os.environ) == expected("versioner-agent", appauthor=False)
