@@ -31,7 +31,7 @@ ALLOWED = {
     "ledger": {"errors", "outbox", "outcomes", "policy", "records", "storage"},
     "review": {"ledger", "outbox", "records", "schema", "storage"},
     "tls": {"errors"},
-    "delivery": {"errors", "outcomes", "tls", "urls"},
+    "delivery": {"errors", "outcomes", "text", "tls", "urls"},
     "logs": {"text"},
     "loopback": set(),
     # Level 2, services.

@@ -87,11 +87,11 @@ class Agent:
                 time.sleep(LOCK_POLL_S)
 
     def _deliver(self, ledger: Ledger) -> None:
-        sender, options, here = _delivery(self._settings, self._env)
-        _check_destination(ledger, here)
+        account = _check_destination(ledger, _here(self._settings, self._env))
+        sender, options, here = _delivery(self._settings, self._env, account)
         if _key_or_none(self._settings, self._env) is None:
             logger.warning("there is no API key yet: events wait (VERSIONER_API_KEY, api_key_file)")
-        flusher = Flusher(ledger, sender, options, here)
+        flusher = Flusher(ledger, sender, options, here, on_account=account.bind)
         self._flusher = flusher
         logger.info(
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
@@ -100,7 +100,7 @@ class Agent:
             while not self._signals:
                 flusher.run(lambda: bool(self._signals) or self._wants_reload)
                 if self._wants_reload and not self._signals:
-                    sender = self._apply_reload(flusher, ledger, sender)
+                    sender = self._apply_reload(flusher, ledger, sender, account)
             unanswered = flusher.finish(GRACE_S)
             if unanswered:
                 logger.warning("stopped with %d requests unanswered; they will be repeated", unanswered)
@@ -109,7 +109,7 @@ class Agent:
             sender.close()
         logger.info("stopped", extra={"action": "stop"})
 
-    def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender) -> Sender:
+    def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender, account: _Account) -> Sender:
         """Take the configuration as it is now, or keep the old one and say why."""
         self._wants_reload = False
         try:
@@ -117,7 +117,7 @@ class Agent:
             if os.path.realpath(settings.db) != ledger.store.path:
                 raise AgentError("another outbox (db) takes a restart")
             _check_destination(ledger, _here(settings, self._env))
-            fresh, options, here = _delivery(settings, self._env)
+            fresh, options, here = _delivery(settings, self._env, account)
         except AgentError as exc:
             logger.error("reload: %s; the old configuration stays", printable(exc.message))  # noqa: TRY400
             return sender
@@ -214,10 +214,11 @@ def _flush_own(
         raise CredentialsMissing(
             "there is no API key to deliver with", "set VERSIONER_API_KEY, or api_key_file in the configuration"
         )
-    sender, options, here = _delivery(settings, env)
+    account = _Account(ledger.destination()[0].account)
+    sender, options, here = _delivery(settings, env, account)
     refused: list[Record] = []
 
-    flusher = Flusher(ledger, sender, options, here, on_failed=refused.append)
+    flusher = Flusher(ledger, sender, options, here, on_failed=refused.append, on_account=account.bind)
     interrupted = _Interrupted(flusher)
 
     def is_done() -> bool:
@@ -296,10 +297,35 @@ def _rebind(ledger: Ledger, lock: FlusherLock) -> None:
     lock.close()
 
 
-def _delivery(settings: Settings, env: Mapping[str, str]) -> tuple[Sender, Options, Destination]:
+class _Account:
+    """The one account whose key may deliver from this outbox; None while it is not known.
+
+    A key file can change between two requests, so that checking when the agent starts is not enough.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+    def bind(self, name: str) -> None:
+        """Take the account of the first verdict."""
+        self.name = self.name or name
+
+    def read_key(self, settings: Settings, env: Mapping[str, str]) -> str | None:
+        """Return the API key as it is now; raises OtherDestination for one of another account."""
+        key = config.read_key(settings, env)
+        account = key_account(key) if key else None
+        if self.name and account and account != self.name:
+            raise OtherDestination(
+                [f"the API key is of account {account}, this outbox delivers to account {self.name}"],
+                "give it a key of its own account, or `flush --new-destination`",
+            )
+        return key
+
+
+def _delivery(settings: Settings, env: Mapping[str, str], account: _Account) -> tuple[Sender, Options, Destination]:
     proxy = urls.proxy_for(settings.api_url, (settings.proxy, settings.no_proxy), env)
     target = Target(settings.api_url, settings.timeout, settings.concurrency, settings.ca_bundle, proxy)
-    sender = Sender(target, lambda: config.read_key(settings, env))
+    sender = Sender(target, lambda: account.read_key(settings, env))
     options = Options(**{name: settings.values[name] for name in Options._fields})
     return sender, options, _here(settings, env)
 
@@ -317,11 +343,11 @@ def _key_or_none(settings: Settings, env: Mapping[str, str]) -> str | None:
         return None
 
 
-def _check_destination(ledger: Ledger, here: Destination) -> None:
+def _check_destination(ledger: Ledger, here: Destination) -> _Account:
     """Refuse to send elsewhere what waits for one place; an outbox with nothing pending may move."""
     bound, _, _ = ledger.destination()
     if not here.differs_from(bound):
-        return
+        return _Account(bound.account)
     pending = ledger.pending()
     if pending:
         raise OtherDestination(
@@ -329,6 +355,7 @@ def _check_destination(ledger: Ledger, here: Destination) -> None:
             "correct api_url and key, use another outbox (--db), or `flush --new-destination` to send them there",
         )
     ledger.unbind()
+    return _Account(None)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import httpx
 from versioner_agent import __version__, tls
 from versioner_agent.errors import ConfigError
 from versioner_agent.outcomes import Outcome, classify, no_answer, no_key, proxy_refused
+from versioner_agent.text import key_account
 from versioner_agent.urls import place_of
 
 MAX_ANSWER_BYTES = 64 * 1024
@@ -72,16 +73,19 @@ class Sender:
         if not key:
             return no_key("there is no API key (VERSIONER_API_KEY, or a file named by api_key_file)")
         _current.deadline = time.monotonic() + self._target.timeout
+        return self._attempt(kind, payload, idempotency_key, key)._replace(account=key_account(key))
+
+    def close(self) -> None:
+        """Close all connections; requests under way end as unanswered."""
+        self._client.close()
+
+    def _attempt(self, kind: str, payload: bytes, idempotency_key: str, key: str) -> Outcome:
         try:
             return self._post(
                 kind, payload, {"Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}, key
             )
         except Exception as exc:  # noqa: BLE001  # whatever the network does, it is an outcome
             return self._failure(exc, key)
-
-    def close(self) -> None:
-        """Close all connections; requests under way end as unanswered."""
-        self._client.close()
 
     def _post(self, kind: str, payload: bytes, headers: dict[str, str], key: str) -> Outcome:
         with self._client.stream("POST", self._urls[kind], content=payload, headers=headers) as response:

@@ -71,14 +71,18 @@ class Flusher:
         *,
         roll: Callable[[], float] = random.random,
         on_failed: Callable[[Record], None] = lambda _: None,
+        on_account: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Deliver from *ledger* through *sender*; *roll* gives the jitter, in [0, 1).
 
-        *on_failed* is told of each record that failed for good, after the commit.
+        *on_failed* is told of each record that failed for good, *on_account* of the account that the API knew us as,
+        both after the commit.
         """
         self._ledger = ledger
         self._roll = roll
         self._on_failed = on_failed
+        self._on_account = on_account
+        self._has_batches = True
         self._inbox: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
         self._work: queue.SimpleQueue[tuple[Sender, Record, bytes] | None] = queue.SimpleQueue()
         self._workers = 0
@@ -127,28 +131,36 @@ class Flusher:
                 self._settle(now)
             if now >= self._rewrite_at:
                 self._notice(now)
-                self._dispatch(now)
-                self._maintain(now)
+                if self._has_batches:
+                    self._hand_over()
+                if not self._has_batches:
+                    self._dispatch(now)
+                    self._maintain(now)
                 self._rewrite_at = 0.0
         except OutboxError as exc:
             if not self._rewrite_at:  # once, however long it lasts
                 logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
             self._rewrite_at = now + REWRITE_S
             self._chooser.look_again()  # a key may have been taken up and not sent
+        if self._has_batches and not self._rewrite_at:
+            return now
         due = self._pace.next_due(now)
         return min(now + POLL_S, due) if due is not None and due > now else now + POLL_S
 
     def finish(self, grace_s: float) -> int:
         """Wait up to *grace_s* for requests under way and settle them; returns how many remain unanswered."""
         end = time.monotonic() + grace_s
+        self._ledger.store.busy_timeout = min(self._ledger.store.busy_timeout, grace_s)
+        is_told = False
         while self._busy and time.monotonic() < end:
             self._take(min(POLL_S, max(0.0, end - time.monotonic())))
             if self._arrived or self._unwritten:
                 try:
                     self._settle(time.monotonic())
                 except OutboxError as exc:
-                    logger.error("%s", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
-                    break
+                    if not is_told:
+                        logger.error("%s", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+                        is_told = True
         for _ in range(self._workers):
             self._work.put(None)
         return len(self._busy)
@@ -185,6 +197,13 @@ class Flusher:
         version = self._ledger.data_version()
         if version != self._seen_version:
             self._seen_version = version
+            self._has_batches = True
+            self._chooser.look_again()
+
+    def _hand_over(self) -> None:
+        """Do one step for who published a batch and died; nothing is chosen meanwhile, for its events come first."""
+        self._has_batches = self._ledger.hand_over()
+        if not self._has_batches:
             self._chooser.look_again()
 
     # --- sending
@@ -238,7 +257,11 @@ class Flusher:
         before = self._health
         health = self._health_after(written, now) if answers else self._health
         self._health = health
-        self._ledger.settle(written, health, self._here)
+        verdict = next((s.outcome for s in written if s.outcome.is_verdict and s.outcome.account), None)
+        here = self._here if verdict is None else self._here._replace(account=verdict.account)
+        self._ledger.settle(written, health, here)
+        if verdict is not None and verdict.account is not None:
+            self._on_account(verdict.account)
         self._unwritten = []
         for settlement in written:
             key = settlement.record.product_name
@@ -291,7 +314,7 @@ class Flusher:
                 state, reason = STATE_OF[outcome.reason], outcome.detail
             since = health.since if state == health.state else at
             health = Health(state, reason, since, retry_at=health.retry_at)
-            if outcome.wait_s and (self._pace.is_open or outcome.reason == "rate_limited"):
+            if outcome.wait_s:
                 health = health._replace(retry_at=at + outcome.wait_s)
         due = self._pace.next_due(now)
         if health.state == "up":

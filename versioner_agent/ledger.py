@@ -82,6 +82,10 @@ class Ledger:
                         break
         return Seek(keys, after, is_end=False)
 
+    def hand_over(self) -> bool:
+        """Do one step of handing over what a dying enqueue had published; False when there is nothing left."""
+        return hand_over_batch(self.store)
+
     def head(self, key: str) -> tuple[Record, bytes] | None:
         """Return the first pending record of *key* and its payload; None when nothing of it waits.
 
@@ -225,8 +229,7 @@ HEAD_OF = f"""
 """  # noqa: S608  # a constant
 COUNT_WAITING = """
     SELECT (SELECT n FROM tally WHERE state = 'pending')
-        + (SELECT count(*) FROM record JOIN batch ON record.batch = batch.id
-           WHERE state = 'staged' AND batch.published = 1)
+        + (SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1)
 """
 SETTLE = """
     UPDATE record SET

@@ -182,6 +182,8 @@ class Outbox:
                     self._check(connection, None)
                     receipts += self._insert(connection, chunk, context)
             with self.store.write() as connection:
+                queued = sum(receipt.outcome == "queued" for receipt in receipts)
+                connection.execute(COUNT_BATCH, (queued, batch))
                 if connection.execute(PUBLISH_BATCH, (batch,)).rowcount != 1:
                     raise OutboxError("the batch was swept while it was being written; nothing was queued")
         except BaseException:
@@ -247,6 +249,7 @@ INSERT_RECORD = """
     ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 INSERT_BATCH = "INSERT INTO batch (kind, created_at) VALUES (?, ?)"
+COUNT_BATCH = "UPDATE batch SET waiting = ? WHERE id = ?"
 PUBLISH_BATCH = "UPDATE batch SET published = 1 WHERE id = ?"
 
 # A staged record is there for its own batch, and for everybody once the batch is published.
@@ -306,6 +309,7 @@ HAND_OVER = """
         SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT ?
     )
 """
+COUNT_HANDED_OVER = "UPDATE batch SET waiting = waiting - ? WHERE id = ?"
 DELETE_BATCH = "DELETE FROM batch WHERE id = ?"
 DROP_STAGED = """
     DELETE FROM record WHERE id IN (SELECT id FROM record WHERE batch = ? AND state = 'staged' LIMIT ?)
@@ -319,7 +323,9 @@ def hand_over_batch(store: Store) -> bool:
     if not found:
         return False
     with store.write() as connection:
-        if connection.execute(HAND_OVER, (found[0][0], CHUNK)).rowcount < CHUNK:
+        handed_over = connection.execute(HAND_OVER, (found[0][0], CHUNK)).rowcount
+        connection.execute(COUNT_HANDED_OVER, (handed_over, found[0][0]))
+        if handed_over < CHUNK:
             connection.execute(DELETE_BATCH, found[0])
     return True
 

@@ -59,6 +59,7 @@ class Outcome(NamedTuple):
     wait_s: float | None = None  # Retry-After, 0…MAX_RETRY_AFTER_S
     counts: bool = False  # may speak of the event rather than of the API (see policy)
     server_time: float | None = None  # the answer's Date, seconds since 1970
+    account: str | None = None  # of the key it was sent with
     was_sent: bool = True  # False: no request was made (no key to send with)
 
     @property

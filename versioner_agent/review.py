@@ -67,7 +67,7 @@ def stats(store: Store) -> Stats:
             0
         ]
         tally = dict(connection.execute("SELECT state, n FROM tally").fetchall())
-        published = connection.execute(COUNT_PUBLISHED).fetchone()[0] if tally["staged"] else 0
+        published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
         oldest = connection.execute(OLDEST_PENDING).fetchone()
         failure = connection.execute(LAST_FAILURE).fetchone()
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
@@ -187,9 +187,7 @@ def _discard(connection: sqlite3.Connection, record_id: int, *, pending_too: boo
     return Verdict(record_id, "discarded")
 
 
-COUNT_PUBLISHED = """
-    SELECT count(*) FROM record JOIN batch ON record.batch = batch.id WHERE state = 'staged' AND batch.published = 1
-"""
+COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
 LAST_FAILURE = f"""
     SELECT {COLUMNS} FROM record

@@ -84,7 +84,8 @@ TABLES = (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         kind TEXT NOT NULL,
         created_at REAL NOT NULL,
-        published INTEGER NOT NULL DEFAULT 0
+        published INTEGER NOT NULL DEFAULT 0,
+        waiting INTEGER NOT NULL DEFAULT 0
     )
     """,
     """

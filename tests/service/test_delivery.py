@@ -35,7 +35,7 @@ def send(target, *, kind="build", key=KEY, payload=PAYLOAD):
 def send_as_configured(env, **values):
     """Send one event with settings and key found as the agent finds them."""
     settings = config.resolve(values, env, [])
-    sender, _, _ = agent._delivery(settings, env)
+    sender, _, _ = agent._delivery(settings, env, agent._Account(None))
     with closing(sender):
         return sender.send("build", PAYLOAD, "event-1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -104,6 +105,9 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except OSError:
         _silence_stdout()
+    # The interpreter's last collection of what ends anyway takes a tenth of an enqueue.
+    gc.freeze()
+    gc.disable()
     sys.exit(code)
 
 
