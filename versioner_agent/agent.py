@@ -31,6 +31,7 @@ from versioner_agent.text import key_account, printable
 logger = logging.getLogger(__name__)
 
 GRACE_S = 5.0  # what requests under way get when we are told to stop
+HAND_OVER_GRACE_S = 4.0  # what they get when an agent waits: it is promised its turn within 5 s
 LOCK_POLL_S = 0.1
 
 
@@ -228,7 +229,7 @@ def _flush_own(
 
     with interrupted.handlers():
         flusher.run(is_done)
-        flusher.finish(GRACE_S)
+        flusher.finish(HAND_OVER_GRACE_S if lock.is_agent_waiting() else GRACE_S)
     sender.close()
     if lock.is_agent_waiting():
         lock.close()
