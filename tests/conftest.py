@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import shutil
+import sys
+import tempfile
 
 import pytest
+
+sys.path.append(os.path.dirname(__file__))  # the modules beside this one, for tests in every folder
+
+from host import Host, free_port  # found by the line above
+from scripted import ScriptedServer
 
 from versioner_agent import Outbox
 
@@ -46,3 +55,51 @@ def outbox(tmp_path):
     """An outbox that the first enqueue makes."""
     with Outbox(tmp_path / "outbox.db") as opened:
         yield opened
+
+
+@pytest.fixture
+def serve():
+    """Start scripted servers; all of them are stopped in the end."""
+    running = []
+
+    def start(*args, **kwargs):
+        running.append(ScriptedServer(*args, **kwargs))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture
+def host_for(tmp_path):
+    """Make hosts that deliver to a URL; their processes are gone in the end."""
+    made = []
+
+    def make(api_url=None):
+        directory = tmp_path / f"host-{len(made)}"
+        directory.mkdir()
+        made.append(Host(directory, api_url or f"http://127.0.0.1:{free_port()}"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def unprivileged():
+    """A directory of an ordinary user, as whom the test runs: root may do what permissions forbid."""
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="versioner-agent-test-"))
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.chown(directory, 65534, 65534)
+        os.setegid(65534)
+        os.seteuid(65534)
+    try:
+        yield directory
+    finally:
+        if is_root:
+            os.seteuid(0)
+            os.setegid(0)
+        shutil.rmtree(directory, ignore_errors=True)

@@ -62,7 +62,7 @@ class Agent:
         """
         store = Store(self._settings.db, self._settings.busy_timeout)
         lock = FlusherLock(store.path)
-        with self._handlers():
+        with _handled_by(self._on_signal, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             try:
                 ledger = Ledger(store)
                 ledger.open()
@@ -126,16 +126,6 @@ class Agent:
         self._settings = settings
         logger.info("configuration read again", extra={"action": "reload"})
         return fresh  # the old client lives on in the requests under way
-
-    @contextmanager
-    def _handlers(self) -> Iterator[None]:
-        names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {name: signal.signal(name, self._on_signal) for name in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -227,7 +217,7 @@ def _flush_own(
         is_over = time.monotonic() >= end or interrupted.signals > 0 or lock.is_agent_waiting()
         return is_over or flusher.is_drained()
 
-    with interrupted.handlers():
+    with _handled_by(interrupted.on_signal, signal.SIGTERM, signal.SIGINT):
         flusher.run(is_done)
         flusher.finish(HAND_OVER_GRACE_S if lock.is_agent_waiting() else GRACE_S)
     sender.close()
@@ -255,20 +245,23 @@ class _Interrupted:
         self.signals = 0
         self._flusher = flusher
 
-    @contextmanager
-    def handlers(self) -> Iterator[None]:
-        before = {name: signal.signal(name, self._on_signal) for name in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Count it; the loop looks at the count."""
         self.signals += 1
         if self.signals > 1:
             os._exit(128 + number)
         self._flusher.wake()
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Give signals to *handler* for the block, and back to whoever had them."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _watch(

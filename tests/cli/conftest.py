@@ -1,22 +1,14 @@
-"""Fixtures of the command line tests: `cli` runs a command in this process, `host_for` gives real processes."""
+"""Fixtures of the command line tests: `cli` runs a command in this process."""
 
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import NamedTuple
 
 import pytest
 
-_TESTS = os.path.dirname(os.path.dirname(__file__))
-sys.path.append(os.path.join(_TESTS, "journey"))
-sys.path.append(os.path.join(_TESTS, "service"))
-
-from host import Host, free_port  # noqa: E402  # found by the lines above
-from scripted import ScriptedServer  # noqa: E402
-
-import versioner_agent.cli  # noqa: E402
+import versioner_agent.cli
 
 
 class Done(NamedTuple):
@@ -49,33 +41,3 @@ def cli(monkeypatch, capsys, tmp_path, db):
         return Done(code, out, err)
 
     return run
-
-
-@pytest.fixture
-def serve():
-    """Start scripted servers; all of them are stopped in the end."""
-    running = []
-
-    def start(*args, **kwargs):
-        running.append(ScriptedServer(*args, **kwargs))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.stop()
-
-
-@pytest.fixture
-def host_for(tmp_path):
-    """Make hosts that deliver to a URL; their processes are gone in the end."""
-    made = []
-
-    def make(api_url=None):
-        directory = tmp_path / f"host-{len(made)}"
-        directory.mkdir()
-        made.append(Host(directory, api_url or f"http://127.0.0.1:{free_port()}"))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()

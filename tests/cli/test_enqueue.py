@@ -377,14 +377,13 @@ def test_a_directory_in_place_of_the_outbox_exits_1(cli, db):
     assert "internal error" not in done.err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("mode", [0o500, 0o000])
-def test_a_directory_without_permission_exits_1(cli, db, mode):
-    db.parent.mkdir(mode=mode)
-    try:
-        done = cli(*BUILD)
-    finally:
-        db.parent.chmod(0o700)
+def test_a_directory_without_permission_exits_1(cli, unprivileged, mode):
+    directory = unprivileged / "state"
+    directory.mkdir(mode=mode)
 
+    done = cli(*BUILD, "--db", str(directory / "outbox.db"), "--config", "/dev/null")
+
+    directory.chmod(0o700)
     assert done.code == 1
     assert "permission" in done.err.lower()

@@ -248,9 +248,8 @@ def test_file_below_a_file_is_an_error(tmp_path):
     assert "can't read" in problems_of(load, {}, {}, below)[0]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file_is_an_error(tmp_path):
-    assert "can't read" in problems_of(load, {}, {}, write(tmp_path / "c.toml", "timeout = 5", 0o000))[0]
+def test_unreadable_file_is_an_error(unprivileged):
+    assert "can't read" in problems_of(load, {}, {}, write(unprivileged / "c.toml", "timeout = 5", 0o000))[0]
 
 
 def test_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
