@@ -219,7 +219,7 @@ def _flush_own(
 
     with _handled_by(interrupted.on_signal, signal.SIGTERM, signal.SIGINT):
         flusher.run(is_done)
-        flusher.finish(HAND_OVER_GRACE_S if lock.is_agent_waiting() else GRACE_S)
+        unanswered = flusher.finish(HAND_OVER_GRACE_S if lock.is_agent_waiting() else GRACE_S)
     sender.close()
     if lock.is_agent_waiting():
         lock.close()
@@ -228,6 +228,8 @@ def _flush_own(
     pending = ledger.pending()
     _, health, _ = ledger.destination()
     why = f"the API is {health.state}: {printable(health.reason)}" if health.reason and health.state != "up" else ""
+    if unanswered and not why:
+        why = f"{here.origin} has not answered in time"
     return Drained(refused, pending, why if pending else "")
 
 
