@@ -117,11 +117,12 @@ class Agent:
             settings = self._reload()
             if os.path.realpath(settings.db) != ledger.store.path:
                 raise AgentError("another outbox (db) takes a restart")
-            _check_destination(ledger, _here(settings, self._env))
+            bound = _check_destination(ledger, _here(settings, self._env))
             fresh, options, here = _delivery(settings, self._env, account)
         except AgentError as exc:
             logger.error("reload: %s; the old configuration stays", printable(exc.message))  # noqa: TRY400
             return sender
+        account.name = bound.name  # an outbox with nothing pending may have moved to another one
         flusher.configure(fresh, options, here)
         self._settings = settings
         logger.info("configuration read again", extra={"action": "reload"})

@@ -97,6 +97,7 @@ class Flusher:
         self._server_skew_s: float | None = None
         self._has_verdict = False
         _, self._health, self._deliveries = ledger.destination()
+        self._told_state = self._health.state
         self._pace = Pace(options.concurrency, options.max_backoff)
         self._chooser = Chooser(ledger, self._pace)
         self.configure(sender, options, here)
@@ -254,7 +255,6 @@ class Flusher:
         answers, self._arrived = self._arrived, []
         self._unwritten += [self._judge(answer, now) for answer in answers]
         written = self._unwritten
-        before = self._health
         health = self._health_after(written, now) if answers else self._health
         self._health = health
         verdict = next((s.outcome for s in written if s.outcome.is_verdict and s.outcome.account), None)
@@ -272,7 +272,8 @@ class Flusher:
             _log(settlement)
             if settlement.decision.state == "failed":
                 self._on_failed(_as_settled(settlement))
-        if health.state != before.state:
+        if health.state != self._told_state:
+            self._told_state = health.state
             _log_health(health, self._here)
 
     def _judge(self, answer: _Answer, now: float) -> Settlement:

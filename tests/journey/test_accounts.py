@@ -59,3 +59,21 @@ def test_a_key_that_comes_late_binds_its_account(host_for, serve):
 
     (status,) = host.json("status")
     assert status["destination"]["account"] == "acme"
+
+
+def test_a_drained_outbox_moves_to_another_account_on_reload(host_for, serve):
+    server = serve(lambda _seen: accepted())
+    host = host_for(server.url)
+    file = with_key_file(host, "sk_acme_k1_aaaa")
+    process = host.agent()
+    host.queue("a")
+    eventually(lambda: host.counts() == {"delivered": 1})
+
+    file.write_text("sk_other_k1_bbbb")
+    process.send_signal(signal.SIGHUP)
+    eventually(lambda: "configuration read again" in process.log.read_text())
+    host.queue("a", first=2)
+    eventually(lambda: host.counts() == {"delivered": 2})
+
+    (status,) = host.json("status")
+    assert status["destination"]["account"] == "other"
