@@ -12,7 +12,7 @@ import pytest
 
 sys.path.append(os.path.dirname(__file__))  # the modules beside this one, for tests in every folder
 
-from host import Host, free_port  # found by the line above
+from host import Child, Host, free_port  # found by the line above
 from scripted import ScriptedServer
 
 from versioner_agent import Outbox
@@ -103,3 +103,26 @@ def unprivileged():
             os.seteuid(0)
             os.setegid(0)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def child():
+    """Start child processes; none outlives the test."""
+    running = []
+
+    def start(code, *args):
+        running.append(Child(code, *args))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+@pytest.fixture
+def umask():
+    """Set the umask; the old one is back after the test."""
+    old = os.umask(0)
+    os.umask(old)
+    yield os.umask
+    os.umask(old)

@@ -125,3 +125,34 @@ class Host:
                 process.kill()
             process.wait(30)
         self._outbox.close()
+
+
+class Child:
+    """A Python process that runs *code*; `input()` in it waits for `go`, `print` answers `says`."""
+
+    def __init__(self, code, *args):
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code, *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def says(self):
+        return self.process.stdout.readline().strip()
+
+    def go(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def ends(self):
+        return self.process.wait()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def close(self):
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            pipe.close()

@@ -23,30 +23,50 @@ ALLOWED = {
     "policy": {"outcomes"},
     "integrity": set(),
     "records": {"events", "integrity"},
+    "pages": set(),
     # Level 1, one outside thing each.
     "config": {"errors", "events", "urls"},
     "locks": set(),
     "storage": {"errors", "locks", "schema"},
-    "outbox": {"errors", "events", "integrity", "storage"},
-    "ledger": {"errors", "outbox", "outcomes", "policy", "records", "storage"},
-    "review": {"ledger", "outbox", "records", "schema", "storage"},
+    "batches": {"storage"},
+    "outbox": {"batches", "damage", "errors", "events", "integrity", "storage"},
+    "salvage": {"events", "pages", "records", "schema"},
+    "damage": {"errors", "locks", "pages", "records", "salvage", "schema", "storage"},
+    "migration": {"errors", "locks", "schema", "storage"},
+    "ledger": {"batches", "damage", "errors", "migration", "outbox", "outcomes", "policy", "records", "storage"},
+    "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
     "tls": {"errors"},
     "delivery": {"errors", "outcomes", "text", "tls", "urls"},
     "logs": {"text"},
     "loopback": set(),
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
-    "flusher": {"chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "text"},
+    "reports": {"ledger", "outbox", "outcomes", "text"},
+    "flusher": {"chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "reports", "text"},
+    "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "agent": {
-        "config", "delivery", "errors", "flusher", "ledger", "locks", "outbox", "records", "review", "storage",
-        "text", "urls",
+        "binding", "config", "delivery", "errors", "flusher", "ledger", "locks", "records", "review", "storage", "text",
     },
+    "doctor": {"damage", "errors", "review", "storage"},
     "sandbox": {"events", "loopback"},
     "demo": {"errors", "outbox", "review", "sandbox"},
 }  # fmt: skip
 #: What no decision may touch: the world, the clock, the dice.
 IMPURE = {"httpx", "logging", "os", "random", "secrets", "socket", "sqlite3", "subprocess", "threading", "time"}
-PURE = ("errors", "text", "urls", "values", "events", "bodies", "outcomes", "policy", "records", "integrity", "schema")
+PURE = (
+    "errors",
+    "text",
+    "urls",
+    "values",
+    "events",
+    "bodies",
+    "outcomes",
+    "policy",
+    "records",
+    "integrity",
+    "schema",
+    "pages",
+)
 
 
 def imported(module: str) -> set[str]:

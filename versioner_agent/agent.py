@@ -16,23 +16,23 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple
 
-from versioner_agent import config, review, urls
+from versioner_agent import binding, config, review
 from versioner_agent.config import Settings
-from versioner_agent.delivery import Sender, Target
-from versioner_agent.errors import AgentError, CredentialsMissing, LockHeld, OtherDestination, OutboxError
-from versioner_agent.flusher import Flusher, Options
+from versioner_agent.delivery import Sender
+from versioner_agent.errors import AgentError, CredentialsMissing, LockHeld, OutboxBusy, OutboxError, OutboxFull
+from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
-from versioner_agent.outbox import Destination
 from versioner_agent.records import Record
 from versioner_agent.storage import OutboxMissing, Store
-from versioner_agent.text import key_account, printable
+from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 5.0  # what requests under way get when we are told to stop
 HAND_OVER_GRACE_S = 4.0  # what they get when an agent waits: it is promised its turn within 5 s
 LOCK_POLL_S = 0.1
+RETRY_S = 5.0  # from one try to open the outbox to the next, where the disk is full or others keep it
 
 
 class Drained(NamedTuple):
@@ -65,13 +65,33 @@ class Agent:
         with _handled_by(self._on_signal, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             try:
                 ledger = Ledger(store)
-                ledger.open()
-                self._take_over(lock)
-                if not self._signals:
+                if self._insist(lambda: _open(ledger, create=True)):
+                    self._take_over(lock)
+                if self._insist(lambda: _migrate(ledger)):
                     self._deliver(ledger)
             finally:
                 lock.close()
                 store.close()
+
+    def _insist(self, act: Callable[[], None]) -> bool:
+        """Do *act* as soon as the disk has room for it and others let us; False if we are told to stop before."""
+        is_told = False
+        while not self._signals:
+            try:
+                act()
+            except (OutboxFull, OutboxBusy) as exc:
+                if not is_told:
+                    logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+                    is_told = True
+            else:
+                return True
+            self._pause(RETRY_S)
+        return False
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._signals:
+            time.sleep(LOCK_POLL_S)
 
     def _take_over(self, lock: FlusherLock) -> None:
         with _lock_errors(lock):
@@ -88,9 +108,9 @@ class Agent:
                 time.sleep(LOCK_POLL_S)
 
     def _deliver(self, ledger: Ledger) -> None:
-        account = _check_destination(ledger, _here(self._settings, self._env))
-        sender, options, here = _delivery(self._settings, self._env, account)
-        if _key_or_none(self._settings, self._env) is None:
+        account = binding.check(ledger, binding.configured(self._settings, self._env))
+        sender, options, here = binding.sending(self._settings, self._env, account)
+        if binding.key_or_none(self._settings, self._env) is None:
             logger.warning("there is no API key yet: events wait (VERSIONER_API_KEY, api_key_file)")
         flusher = Flusher(ledger, sender, options, here, on_account=account.bind)
         self._flusher = flusher
@@ -110,15 +130,15 @@ class Agent:
             sender.close()
         logger.info("stopped", extra={"action": "stop"})
 
-    def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender, account: _Account) -> Sender:
+    def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender, account: binding.Account) -> Sender:
         """Take the configuration as it is now, or keep the old one and say why."""
         self._wants_reload = False
         try:
             settings = self._reload()
             if os.path.realpath(settings.db) != ledger.store.path:
                 raise AgentError("another outbox (db) takes a restart")
-            bound = _check_destination(ledger, _here(settings, self._env))
-            fresh, options, here = _delivery(settings, self._env, account)
+            bound = binding.check(ledger, binding.configured(settings, self._env))
+            fresh, options, here = binding.sending(settings, self._env, account)
         except AgentError as exc:
             logger.error("reload: %s; the old configuration stays", printable(exc.message))  # noqa: TRY400
             return sender
@@ -159,11 +179,12 @@ def flush(
     ledger = Ledger(store)
     lock = FlusherLock(store.path)
     try:
+        _open(ledger, create=False)
         if ledger.pending() == 0 and not rebind:
             return Drained([], 0)
         if rebind:
             _rebind(ledger, lock)
-        _check_destination(ledger, _here(settings, env))
+        binding.check(ledger, binding.configured(settings, env))
         sharing = others_can_write(store.path)
         if sharing:
             note = f"{sharing}: only its agent delivers from it"
@@ -201,13 +222,14 @@ def _flush_own(
         has_lock = not lock.presence().has_agent and lock.claim_delivery()
     if not has_lock:
         return _watch(ledger, lock, started, end, "its agent delivers from it", on_progress)
-    if _key_or_none(settings, env) is None:
+    if binding.key_or_none(settings, env) is None:
         config.read_key(settings, env)  # says why it can't be read, where there is a reason
         raise CredentialsMissing(
             "there is no API key to deliver with", "set VERSIONER_API_KEY, or api_key_file in the configuration"
         )
-    account = _Account(ledger.destination()[0].account)
-    sender, options, here = _delivery(settings, env, account)
+    _migrate(ledger)
+    account = binding.Account(ledger.destination()[0].account)
+    sender, options, here = binding.sending(settings, env, account)
     refused: list[Record] = []
 
     flusher = Flusher(ledger, sender, options, here, on_failed=refused.append, on_account=account.bind)
@@ -256,6 +278,20 @@ class _Interrupted:
         self._flusher.wake()
 
 
+def _open(ledger: Ledger, *, create: bool) -> None:
+    mended = ledger.open(create=create)
+    if mended is not None:
+        logger.error("the outbox was damaged: %s", printable(str(mended)), extra={"action": "damage"})
+
+
+def _migrate(ledger: Ledger) -> None:
+    kept = ledger.migrate()
+    if kept is not None:
+        logger.warning(
+            "the outbox was upgraded; the old one is kept as %s", printable(kept), extra={"action": "upgrade"}
+        )
+
+
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
     """Give signals to *handler* for the block, and back to whoever had them."""
@@ -292,67 +328,6 @@ def _rebind(ledger: Ledger, lock: FlusherLock) -> None:
             )
     ledger.unbind()
     lock.close()
-
-
-class _Account:
-    """The one account whose key may deliver from this outbox; None while it is not known.
-
-    A key file can change between two requests, so that checking when the agent starts is not enough.
-    """
-
-    def __init__(self, name: str | None) -> None:
-        self.name = name
-
-    def bind(self, name: str) -> None:
-        """Take the account of the first verdict."""
-        self.name = self.name or name
-
-    def read_key(self, settings: Settings, env: Mapping[str, str]) -> str | None:
-        """Return the API key as it is now; raises OtherDestination for one of another account."""
-        key = config.read_key(settings, env)
-        account = key_account(key) if key else None
-        if self.name and account and account != self.name:
-            raise OtherDestination(
-                [f"the API key is of account {account}, this outbox delivers to account {self.name}"],
-                "give it a key of its own account, or `flush --new-destination`",
-            )
-        return key
-
-
-def _delivery(settings: Settings, env: Mapping[str, str], account: _Account) -> tuple[Sender, Options, Destination]:
-    proxy = urls.proxy_for(settings.api_url, (settings.proxy, settings.no_proxy), env)
-    target = Target(settings.api_url, settings.timeout, settings.concurrency, settings.ca_bundle, proxy)
-    sender = Sender(target, lambda: account.read_key(settings, env))
-    options = Options(**{name: settings.values[name] for name in Options._fields})
-    return sender, options, _here(settings, env)
-
-
-def _here(settings: Settings, env: Mapping[str, str]) -> Destination:
-    key = _key_or_none(settings, env)
-    return Destination(urls.origin_of(settings.api_url), key_account(key) if key else None)
-
-
-def _key_or_none(settings: Settings, env: Mapping[str, str]) -> str | None:
-    """Return the key, None also where it can't be read: the sender says why each time it matters."""
-    try:
-        return config.read_key(settings, env)
-    except AgentError:
-        return None
-
-
-def _check_destination(ledger: Ledger, here: Destination) -> _Account:
-    """Refuse to send elsewhere what waits for one place; an outbox with nothing pending may move."""
-    bound, _, _ = ledger.destination()
-    if not here.differs_from(bound):
-        return _Account(bound.account)
-    pending = ledger.pending()
-    if pending:
-        raise OtherDestination(
-            f"{pending} pending events of this outbox are for {bound}, this is configured for {here}; nothing was sent",
-            "correct api_url and key, use another outbox (--db), or `flush --new-destination` to send them there",
-        )
-    ledger.unbind()
-    return _Account(None)
 
 
 @contextmanager

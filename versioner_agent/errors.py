@@ -8,6 +8,7 @@ AgentError (1)
 │   └── CredentialsMissing
 ├── OutboxError (1)
 │   ├── OutboxBusy           the write queue did not move in time
+│   ├── OutboxDamaged        the file is not what was written; `salvage` mends it
 │   └── OutboxFull           no room on the disk
 └── LockHeld (1)             another agent delivers from this outbox
 
@@ -72,6 +73,22 @@ class OutboxError(AgentError):
 
 class OutboxBusy(OutboxError):
     """Other writers held the outbox for longer than `busy_timeout`."""
+
+
+class OutboxDamaged(OutboxError):
+    """The outbox's file is not what was written: *what* is wrong, and the device and inode of the file it was seen in.
+
+    Not *is_certain* where a statement failed that can't fail on a sound file: the file has to be looked through.
+    """
+
+    def __init__(
+        self, message: str, hint: str | None, what: str, inode: tuple[int, int] | None, *, is_certain: bool = True
+    ) -> None:
+        """Keep where the damage was seen, so that it is not mended twice."""
+        super().__init__(message, hint)
+        self.what = what
+        self.inode = inode
+        self.is_certain = is_certain
 
 
 class OutboxFull(OutboxError):

@@ -177,12 +177,23 @@ def content_digest(event: Event) -> bytes:
     return hash_of(_encode(fields))
 
 
-def identity(event: Event, run_attempt: str | None, content: bytes) -> bytes | None:
+def contents_of(kind: str, payload: bytes, queued_at: float) -> list[bytes]:
+    """Return what `content_digest` can have been of an event whose *payload* is known, the likeliest first.
+
+    A time in it that is the moment of queuing was probably added there, but may have been the author's own.
+    """
+    fields = json.loads(payload)
+    moment = rfc3339(queued_at)
+    ours = [name for name in ("started_at", "completed_at") if fields.get(name) == moment]
+    without = {name: value for name, value in fields.items() if name not in ours}
+    return [content_digest(Event(kind, each)) for each in ((without, fields) if ours else (fields,))]
+
+
+def identity(kind: str, invoke_id: str | None, run_attempt: str | None, content: bytes) -> bytes | None:
     """SHA-256 (32 bytes) of kind, run, run attempt and content; None without an invoke_id: nothing is a repeat then."""
-    invoke_id = event.fields.get("invoke_id")
     if invoke_id is None:
         return None
-    named = f"{event.kind}\0{invoke_id}\0{run_attempt or ''}\0".encode()
+    named = f"{kind}\0{invoke_id}\0{run_attempt or ''}\0".encode()
     return hash_of(named + content)
 
 

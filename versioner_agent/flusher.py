@@ -18,12 +18,13 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from versioner_agent.chooser import Chooser
-from versioner_agent.errors import OutboxError
+from versioner_agent.errors import OutboxDamaged, OutboxError
 from versioner_agent.ledger import Health, Ledger, Settlement
 from versioner_agent.outbox import Destination
-from versioner_agent.outcomes import ADVICE, STATE_OF, Outcome, no_answer
+from versioner_agent.outcomes import STATE_OF, Outcome, no_answer
 from versioner_agent.policy import Counters, Limits, Pace, decide
 from versioner_agent.records import Record, is_intact
+from versioner_agent.reports import log_destination, log_settlement
 from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ LOOK_S = 2.0  # how often the outbox is asked, whatever the file's times say
 REWRITE_S = 1.0  # pause before a commit that failed is tried again
 MAINTENANCE_S = 60.0
 MAX_CLOCK_SKEW_S = 86_400.0
+MEND_S = 60.0  # from one replacement of a damaged outbox to the next
 
 
 class Sender(Protocol):
@@ -93,6 +95,7 @@ class Flusher:
         self._seen_file: tuple[int, int, int] | None = None
         self._seen_version: int | None = None
         self._look_at = 0.0
+        self._mend_at = 0.0
         self._maintain_at = 0.0
         self._server_skew_s: float | None = None
         self._has_verdict = False
@@ -138,6 +141,8 @@ class Flusher:
                     self._dispatch(now)
                     self._maintain(now)
                 self._rewrite_at = 0.0
+        except OutboxDamaged as exc:
+            self._mend(exc, now)
         except OutboxError as exc:
             if not self._rewrite_at:  # once, however long it lasts
                 logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
@@ -173,6 +178,22 @@ class Flusher:
         except OutboxError:
             return False  # the loop meets the same error and says so
 
+    def _mend(self, found: OutboxDamaged, now: float) -> None:
+        """Go on with what can be saved; a disk that damages file after file must not be filled with them."""
+        self._rewrite_at = now + REWRITE_S
+        self._chooser.look_again()
+        if now < self._mend_at:
+            return
+        self._mend_at = now + MEND_S
+        try:
+            mended = self._ledger.mend(found)
+        except OutboxError as exc:
+            logger.error("%s", printable(exc.message), extra={"action": "damage"})  # noqa: TRY400
+            return
+        self._rewrite_at = 0.0
+        if mended is not None:
+            logger.error("the outbox was damaged: %s", printable(str(mended)), extra={"action": "damage"})
+
     # --- waiting and noticing
 
     def _wait(self, until: float) -> None:
@@ -193,10 +214,11 @@ class Flusher:
         file = _file_times(self._ledger.store.path)
         if file == self._seen_file and now < self._look_at:
             return
+        is_replaced = file is None or self._seen_file is None or file[2] != self._seen_file[2]
         self._seen_file = file
         self._look_at = now + LOOK_S
         version = self._ledger.data_version()
-        if version != self._seen_version:
+        if version != self._seen_version or is_replaced:
             self._seen_version = version
             self._has_batches = True
             self._chooser.look_again()
@@ -269,12 +291,12 @@ class Flusher:
             if not self._pace.is_retrying(key):
                 self._chooser.make_ready(key)
         for settlement in written:
-            _log(settlement)
+            log_settlement(settlement)
             if settlement.decision.state == "failed":
-                self._on_failed(_as_settled(settlement))
+                self._on_failed(settlement.settled)
         if health.state != self._told_state:
             self._told_state = health.state
-            _log_health(health, self._here)
+            log_destination(health, self._here)
 
     def _judge(self, answer: _Answer, now: float) -> Settlement:
         record, outcome, at, duration_s = answer
@@ -337,39 +359,9 @@ class Flusher:
             self._maintain_at = now + POLL_S
 
 
-def _as_settled(settlement: Settlement) -> Record:
-    record, outcome, decision, at, _ = settlement
-    return record._replace(
-        state=decision.state, reason=decision.reason, detail=decision.detail, code=outcome.code, settled_at=at
-    )
-
-
 def _file_times(path: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _log(settlement: Settlement) -> None:
-    record, outcome, decision, _, duration_s = settlement
-    what = printable(f"{record.kind} {record.product_name} {record.version} {record.status}")
-    extra = {"action": decision.state, "record": record.id, "product": record.product_name}
-    if decision.state == "delivered":
-        logger.info("delivered %d: %s (%.2f s)", record.id, what, duration_s, extra=extra)
-    elif decision.state == "failed":
-        words = printable(decision.detail)
-        logger.error("refused %d: %s: %s: %s", record.id, what, decision.reason, words, extra=extra)
-    else:
-        logger.debug("waiting %d: %s: %s", record.id, what, printable(outcome.detail), extra=extra)
-
-
-def _log_health(health: Health, here: Destination) -> None:
-    where = printable(str(here.origin))
-    extra = {"action": "destination", "state": health.state}
-    if health.state == "up":
-        logger.info("the API is up: %s", where, extra=extra)
-    else:
-        words, advice = printable(health.reason or ""), ADVICE.get(health.state, "")
-        logger.warning("the API is %s (%s): %s; %s", health.state, where, words, advice, extra=extra)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Container
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from versioner_agent.errors import OutboxFull
-from versioner_agent.outbox import FIND_PUBLISHED, Destination, drop_staged, hand_over_batch
+from versioner_agent import damage, migration
+from versioner_agent.batches import FIND_PUBLISHED, drop_staged, hand_over_batch
+from versioner_agent.damage import Damage
+from versioner_agent.errors import OutboxDamaged, OutboxFull
+from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome
 from versioner_agent.policy import Decision
 from versioner_agent.records import COLUMNS, Record
@@ -32,6 +35,17 @@ class Settlement(NamedTuple):
     decision: Decision
     at: float  # when the answer came, seconds since 1970
     duration_s: float
+
+    @property
+    def settled(self) -> Record:
+        """The record as it is once this is written."""
+        return self.record._replace(
+            state=self.decision.state,
+            reason=self.decision.reason,
+            detail=self.decision.detail,
+            code=self.outcome.code,
+            settled_at=self.at,
+        )
 
 
 class Health(NamedTuple):
@@ -58,11 +72,23 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         """Use *store*, which belongs to the calling thread."""
         self.store = store
+        store.oldest_version = 1  # older ones are migrated before anything else is done with them
 
-    def open(self) -> None:
-        """Make the outbox if it is missing."""
-        with self.store.write(create=True):
-            pass
+    def open(self, *, create: bool) -> Damage | None:
+        """Mend the outbox if it is damaged, make it if it is missing and *create*; returns what was mended."""
+        mended = damage.ensure_sound(self.store)
+        if create:
+            with self.store.write(create=True):
+                pass
+        return mended
+
+    def migrate(self) -> str | None:
+        """Bring the outbox to this program's schema; only while holding the flusher lock. See `migration.migrate`."""
+        return migration.migrate(self.store)
+
+    def mend(self, found: OutboxDamaged) -> Damage | None:
+        """Go on with what can be saved of a damaged file; None where somebody else has done it."""
+        return damage.mend(self.store, found)
 
     def keys(self, after: str, wanted: int, skip: Container[str]) -> Seek:
         """Find up to *wanted* ordering keys with pending records behind *after*, none of them in *skip*.
@@ -75,6 +101,8 @@ class Ledger:
                 row = connection.execute(NEXT_KEY, (after,)).fetchone()
                 if row is None:
                     return Seek(keys, "", is_end=True)
+                if not isinstance(row[0], str) or row[0] <= after:  # it would be walked in circles
+                    raise self.store.suspected("the index of pending records is out of order")
                 after = row[0]
                 if after not in skip:
                     keys.append(after)
@@ -100,8 +128,15 @@ class Ledger:
                 finally:
                     connection.execute("COMMIT")
             if not is_handing_over:
-                return (Record(*row[:-1]), bytes(row[-1])) if row else None
+                return self._checked(key, row) if row else None
             hand_over_batch(self.store)
+
+    def _checked(self, key: str, row: tuple[Any, ...]) -> tuple[Record, bytes]:
+        """Return what the index named as the head of *key*, if that is what it is: a settled one must not go again."""
+        record = Record(*row[:-1])
+        if record.state != "pending" or record.product_name != key:
+            raise self.store.suspected(f"the index of pending records is wrong about record {record.id}")
+        return record, row[-1]
 
     def pending(self) -> int:
         """Return how many records wait."""

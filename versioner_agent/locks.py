@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from contextlib import suppress
 from typing import NamedTuple
 
 QUEUE_SUFFIX = ".queue"
@@ -24,29 +25,39 @@ _NOTE_BYTES = 10
 _FLOCK = "hhqqi4x"
 
 
-def file_mode(directory: str) -> int:
-    """Return the mode of files made in *directory*: 0660 where a group shares it (setgid), else 0600."""
-    mode = os.stat(directory).st_mode
+def _file_mode(mode: int) -> int:
+    """Return the mode of files made in a directory of *mode*: 0660 where a group shares it (setgid), else 0600."""
     return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
 
 
-def open_beside(path: str, *, create: bool = True) -> int:
-    """Open *path* read-write, made with the right mode if it is missing; raises OSError.
+_FLAGS = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
-    `open` applies the umask, so a group member with umask 077 would lock the others out: hence fchmod.
-    """
-    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+def open_beside(path: str) -> int:
+    """Open *path* read-write, made with the mode of its place if it is missing; raises OSError."""
     try:
-        return os.open(path, flags)
+        return os.open(path, _FLAGS)
     except FileNotFoundError:
-        if not create:
-            raise
-    mode = file_mode(os.path.dirname(path))
+        pass
     try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
+        return create_beside(path)
     except FileExistsError:
-        return os.open(path, flags)
+        return os.open(path, _FLAGS)
+
+
+def create_beside(path: str) -> int:
+    """Make the file *path* and open it read-write; raises FileExistsError where there is one, OSError.
+
+    `open` applies the umask, so a group member with umask 077 would lock the others out: hence fchmod. What root makes
+    belongs to the owner of the directory, who could not use it otherwise.
+    """
+    place = os.stat(os.path.dirname(path))
+    mode = _file_mode(place.st_mode)
+    fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
     os.fchmod(fd, mode)
+    if os.geteuid() == 0:
+        with suppress(OSError):  # a file system without owners
+            os.fchown(fd, place.st_uid, place.st_gid)
     return fd
 
 
@@ -62,13 +73,17 @@ class WriteQueue:
         """Wait up to *timeout* seconds for our turn; raises OSError where the file can't be opened."""
         import fcntl  # noqa: PLC0415  # POSIX only
 
-        if self._fd is None:
-            self._fd = open_beside(self._path)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return self._wait(timeout)
-        return True
+        while True:
+            if self._fd is None:
+                self._fd = open_beside(self._path)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not self._wait(timeout):
+                    return False
+            if os.fstat(self._fd).st_nlink:
+                return True
+            self.close()  # somebody removed the file: those who came after that queue on another one
 
     def release(self) -> None:
         """Let the next writer in."""
@@ -80,8 +95,9 @@ class WriteQueue:
     def remember(self, note: bytes) -> None:
         """Write *note* into the file: an outbox was made here. Only while holding it."""
         if self._fd is not None and os.fstat(self._fd).st_size == 0:
-            os.pwrite(self._fd, note, 0)
-            os.fsync(self._fd)
+            with suppress(OSError):  # a full disk: the next writer notes it
+                os.pwrite(self._fd, note, 0)
+                os.fsync(self._fd)
 
     def close(self) -> None:
         """Give the file back; a lock held on it is freed."""
@@ -178,7 +194,8 @@ class FlusherLock:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
         except (BlockingIOError, PermissionError):
             return False
-        os.pwrite(self._fd, str(os.getpid()).rjust(_NOTE_BYTES).encode(), _note_at(byte))
+        with suppress(OSError):  # a full disk must not keep anybody from delivering
+            os.pwrite(self._fd, str(os.getpid()).rjust(_NOTE_BYTES).encode(), _note_at(byte))
         return True
 
 

@@ -17,12 +17,18 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from versioner_agent import events
-from versioner_agent.errors import OtherDestination, OutboxError, OutboxFull
+from versioner_agent.batches import (
+    CHUNK,
+    COUNT_BATCH,
+    INSERT_BATCH,
+    PUBLISH_BATCH,
+    drop_staged,
+    hand_over_batch,
+)
+from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.integrity import digest
 from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, FREE_SPACE_FLOOR, Store
 
-#: Events that one transaction takes: it holds the write queue for well under 100 ms.
-CHUNK = 500
 LIVE_STATES = ("pending", "delivered", "exported")
 CLOCK_WARNING = "this host's clock is before the agent's release: events are queued without automatic times"
 
@@ -119,11 +125,13 @@ class Outbox:
         chunks = [ready[start : start + CHUNK] for start in range(0, len(ready), CHUNK)]
         if not chunks:
             return []
-        if len(chunks) == 1:
-            with self.store.write(create=True) as connection:
-                self._check(connection, destination)
-                return self._insert(connection, chunks[0], _Context(now, run_attempt, new, None))
-        return self._enqueue_staged(chunks, _Context(now, run_attempt, new, None), destination)
+        context = _Context(now, run_attempt, new, None)
+        try:
+            return self._queue(chunks, context, destination)
+        except OutboxDamaged as found:
+            warning = self._mend(found)
+        first, *others = self._queue(chunks, context, destination)
+        return [first._replace(warnings=(*first.warnings, warning)), *others]
 
     def close(self) -> None:
         """Give the file back; using the outbox again opens it again."""
@@ -139,6 +147,25 @@ class Outbox:
         """Close."""
         self.close()
 
+    def _queue(self, chunks: list[list[_Ready]], context: _Context, destination: Destination | None) -> list[Receipt]:
+        if len(chunks) > 1:
+            return self._enqueue_staged(chunks, context, destination)
+        with self.store.write(create=True) as connection:
+            self._check(connection, destination)
+            return self._insert(connection, chunks[0], context)
+
+    def _mend(self, found: OutboxDamaged) -> str:
+        """Go on with what can be saved of a damaged file, unless that would take long; returns what to tell."""
+        from versioner_agent import damage  # noqa: PLC0415  # loaded only for damage
+
+        if damage.is_large(self.store):
+            raise OutboxError(
+                found.message,
+                "its size makes saving what is in it take long: run `versioner-agent flush`, or the agent",
+            )
+        mended = damage.mend(self.store, found)
+        return f"the outbox was damaged: {mended or found.what}"
+
     def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
         from versioner_agent import __version__  # noqa: PLC0415  # the package's name must be complete first
 
@@ -146,7 +173,8 @@ class Outbox:
         content = events.content_digest(event)
         stamp = events.Stamp(event_id, now, os.uname().nodename, __version__)
         body = events.payload(event, stamp)
-        return _Ready(event, event_id, content, events.identity(event, run_attempt, content), body)
+        identity = events.identity(event.kind, event.fields.get("invoke_id"), run_attempt, content)
+        return _Ready(event, event_id, content, identity, body)
 
     def _check(self, connection: sqlite3.Connection, destination: Destination | None) -> None:
         """Refuse what would be delivered to the wrong place, or take the space that deliveries need."""
@@ -206,8 +234,7 @@ class Outbox:
 
     def _insert(self, connection: sqlite3.Connection, chunk: list[_Ready], context: _Context) -> list[Receipt]:
         # Ids are given by us, not by SQLite, because the digest covers them.
-        found = connection.execute(SELECT_SEQUENCE).fetchone()
-        next_id = (found[0] if found else 0) + 1
+        next_id = connection.execute(SELECT_NEXT_ID).fetchone()[0]
         receipts = []
         for ready in chunk:
             duplicate, occurrence = _look_up(connection, ready, context)
@@ -241,16 +268,19 @@ class _Context(NamedTuple):
 
 
 SELECT_DESTINATION = "SELECT origin, account FROM destination WHERE id = 1"
-SELECT_SEQUENCE = "SELECT seq FROM sqlite_sequence WHERE name = 'record'"
+# Behind every id ever given, pruned ones too, and behind those that are there whatever became of the counter.
+SELECT_NEXT_ID = """
+    SELECT 1 + max(
+        COALESCE((SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'record'), 0),
+        COALESCE((SELECT max(id) FROM record), 0)
+    )
+"""
 INSERT_RECORD = """
     INSERT INTO record (
         id, event_id, state, kind, product_name, version, environment_name, status, invoke_id, run_attempt,
         content, identity, occurrence, queued_at, queued_by, batch, digest, payload
     ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-INSERT_BATCH = "INSERT INTO batch (kind, created_at) VALUES (?, ?)"
-COUNT_BATCH = "UPDATE batch SET waiting = ? WHERE id = ?"
-PUBLISH_BATCH = "UPDATE batch SET published = 1 WHERE id = ?"
 
 # A staged record is there for its own batch, and for everybody once the batch is published.
 _VISIBLE = "(state <> 'staged' OR batch = :batch OR batch IN (SELECT id FROM batch WHERE published = 1))"
@@ -301,43 +331,3 @@ def _receipt(outcome: str, record_id: int, event_id: str, event: events.Event, c
         fields["status"],
         (CLOCK_WARNING,) if has_no_time else (),
     )
-
-
-FIND_PUBLISHED = "SELECT id FROM batch WHERE published = 1 ORDER BY id LIMIT 1"
-HAND_OVER = """
-    UPDATE record SET state = 'pending' WHERE id IN (
-        SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT ?
-    )
-"""
-COUNT_HANDED_OVER = "UPDATE batch SET waiting = waiting - ? WHERE id = ?"
-DELETE_BATCH = "DELETE FROM batch WHERE id = ?"
-DROP_STAGED = """
-    DELETE FROM record WHERE id IN (SELECT id FROM record WHERE batch = ? AND state = 'staged' LIMIT ?)
-"""
-
-
-def hand_over_batch(store: Store) -> bool:
-    """Turn one step of the oldest published batch into pending records; False when there is none left."""
-    with store.read() as connection:
-        found = connection.execute(FIND_PUBLISHED).fetchall()
-    if not found:
-        return False
-    with store.write() as connection:
-        handed_over = connection.execute(HAND_OVER, (found[0][0], CHUNK)).rowcount
-        connection.execute(COUNT_HANDED_OVER, (handed_over, found[0][0]))
-        if handed_over < CHUNK:
-            connection.execute(DELETE_BATCH, found[0])
-    return True
-
-
-def drop_staged(store: Store, batch: int | None) -> bool:
-    """Remove one step of a batch that was never published; False when it is gone."""
-    with store.write() as connection:
-        if connection.execute(SELECT_UNPUBLISHED, (batch,)).fetchone() is None:
-            return False
-        if connection.execute(DROP_STAGED, (batch, CHUNK)).rowcount < CHUNK:
-            connection.execute(DELETE_BATCH, (batch,))
-    return True
-
-
-SELECT_UNPUBLISHED = "SELECT 1 FROM batch WHERE id = ? AND published = 0"

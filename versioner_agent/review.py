@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from versioner_agent.damage import Damage, noted
 from versioner_agent.ledger import Health
 from versioner_agent.outbox import LIVE_STATES, Destination
 from versioner_agent.records import COLUMNS, Record
@@ -50,6 +51,7 @@ class Stats(NamedTuple):
     held: list[Held]
     destination: Destination
     health: Health
+    damage: Damage | None  # that nobody has acknowledged
 
 
 class Verdict(NamedTuple):
@@ -72,6 +74,7 @@ def stats(store: Store) -> Stats:
         failure = connection.execute(LAST_FAILURE).fetchone()
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
         row = connection.execute(DESTINATION_ROW).fetchone()
+        damage = noted(connection)
     tally["pending"] += published
     return Stats(
         size,
@@ -82,6 +85,7 @@ def stats(store: Store) -> Stats:
         [Held(*each) for each in held],
         Destination(row[0], row[1]),
         Health(*row[2:7]),
+        damage,
     )
 
 
@@ -239,4 +243,4 @@ DISCARD = """
 """
 
 #: What `status` says of an outbox that was never made.
-EMPTY = Stats(0, dict.fromkeys(STATES, 0), None, None, None, [], Destination(None, None), Health())
+EMPTY = Stats(0, dict.fromkeys(STATES, 0), None, None, None, [], Destination(None, None), Health(), None)

@@ -1,4 +1,4 @@
-"""The outbox's tables (version 1). Owns DDL and nothing else; `storage` decides when to run it.
+"""The outbox's tables, and the steps from one version of them to the next. Owns DDL and nothing else.
 
 SQL no newer than SQLite 3.34: no STRICT, no RETURNING. Tallies are kept by triggers, so that counting states costs
 the same at a million records as at ten (a long COUNT would block every commit of a rollback-journal database).
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 #: "VeAg", marks the file as an outbox (https://sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x56654167
-VERSION = 1
 STATES = ("pending", "delivered", "failed", "exported", "discarded")
 
-#: `staged` is no state of a record's life: the row waits for its batch to be published as a whole.
+#: Version 1. `staged` is no state of a record's life: the row waits for its batch to be published as a whole.
 TABLES = (
     """
     CREATE TABLE record (
@@ -129,3 +128,11 @@ TABLES = (
     "CREATE TABLE reserve (id INTEGER PRIMARY KEY CHECK (id = 1), filler BLOB NOT NULL)",
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
 )
+#: What leads from version 1 to 2, from 2 to 3, and so on. What an older `enqueue` writes must remain right after one.
+STEPS: tuple[tuple[str, ...], ...] = ()
+VERSION = 1 + len(STEPS)
+
+
+def statements() -> tuple[str, ...]:
+    """Return what makes an outbox of this version: the way every older one has gone."""
+    return (*TABLES, *(statement for step in STEPS for statement in step))

@@ -9,25 +9,36 @@ for closing any descriptor drops its locks (https://sqlite.org/howtocorrupt.html
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from versioner_agent import schema
-from versioner_agent.errors import OutboxBusy, OutboxError, OutboxFull
+from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue, open_beside
 
 DEFAULT_BUSY_TIMEOUT_S = 10.0
+#: Fixed, so that what is left of a damaged file can be read without its header (bytes).
+PAGE_BYTES = 4096
 #: Below this much free space nothing new is accepted: what is left belongs to recording deliveries (bytes).
 FREE_SPACE_FLOOR = 256 * 1024
 
 
+_TEXT = partial(str, encoding="utf-8", errors="replace")
 IDENTIFY = """
-    SELECT application_id, user_version, page_count
-    FROM pragma_application_id, pragma_user_version, pragma_page_count
+    SELECT application_id, user_version, page_count, auto_vacuum
+    FROM pragma_application_id, pragma_user_version, pragma_page_count, pragma_auto_vacuum
 """
+#: What IDENTIFY finds between two steps of making an outbox: setting auto_vacuum writes the first page.
+_HALF_MADE = (0, 0, 1, 2)
+
+
+#: What our statements never meet on tables as they were made.
+_IMPOSSIBLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG)
 
 
 class OutboxMissing(OutboxError):
@@ -39,9 +50,13 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str], busy_timeout: float = DEFAULT_BUSY_TIMEOUT_S) -> None:
         """Name the file; nothing is touched yet. Links are followed once, so that locks lie beside the real file."""
-        self.path = os.path.realpath(os.fspath(path))
+        self._given = os.path.abspath(os.fspath(path))
+        self.path = os.path.realpath(self._given)
         self.busy_timeout = busy_timeout
         self._queue = WriteQueue(self.path + QUEUE_SUFFIX)
+        #: The schema of the file that is open, and the oldest that may be.
+        self.version = schema.VERSION
+        self.oldest_version = max(1, schema.VERSION - 1)
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
 
@@ -51,28 +66,37 @@ class Store:
 
         Raises OutboxBusy after `busy_timeout` seconds, OutboxFull, OutboxMissing (unless *create*), OutboxError.
         """
-        with self._translated():
+        with self.translated():
             if create:
                 self._make_directory()
             elif not os.path.exists(self.path):
                 raise self._missing()
-            if not self._queue.acquire(self.busy_timeout):
-                raise OutboxBusy(
-                    f"other writers kept the outbox {self.path} busy for {self.busy_timeout:g} s",
-                    "try again, or raise --busy-timeout",
-                )
-            try:
+            if not self.is_remembered() and _size_of(self.path):
+                with suppress(OutboxMissing):
+                    self._connected(create=False)  # somebody else's file gets no queue beside it
+            with self.turn():
                 connection = self._connected(create=create)
+                self._queue.remember(b"outbox\n")
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield connection
                     connection.execute("COMMIT")
                 except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
+                    self._roll_back(connection)
                     raise
-            finally:
-                self._queue.release()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the write queue for the block: nobody else writes meanwhile. Raises OutboxBusy, OSError."""
+        if not self._queue.acquire(self.busy_timeout):
+            raise OutboxBusy(
+                f"other writers kept the outbox {self.path} busy for {self.busy_timeout:g} s",
+                "try again, or raise --busy-timeout",
+            )
+        try:
+            yield
+        finally:
+            self._queue.release()
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -80,62 +104,90 @@ class Store:
 
         Raises OutboxMissing, OutboxBusy, OutboxError.
         """
-        with self._translated():
+        with self.translated():
             if not os.path.exists(self.path):
                 raise self._missing()
             yield self._connected(create=False)
 
     def close(self) -> None:
         """Give everything back; using the store again opens it again."""
+        self.disconnect()
+        self._queue.close()
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self.disconnect()  # what the journal holds is taken back by whoever opens the file next
+
+    def disconnect(self) -> None:
+        """Let go of the file, but not of our turn."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        self._queue.close()
 
     def free_space(self) -> int:
         """Return the bytes that an ordinary user may still write beside the outbox."""
         found = os.statvfs(os.path.dirname(self.path))
         return found.f_bavail * found.f_frsize
 
+    def is_remembered(self) -> bool:
+        """Tell whether an outbox was made here: then a missing or empty file is damage, not a fresh start."""
+        return _size_of(self.path + QUEUE_SUFFIX) > 0
+
     def _connected(self, *, create: bool) -> sqlite3.Connection:
         """Return the connection to the file that is at the path now: it may have been replaced while we waited."""
-        inode = _inode(self.path)
+        inode = inode_of(self.path)
         if self._connection is not None and (inode is None or inode != self._inode):
-            self._connection.close()
-            self._connection = None
+            self.disconnect()
         if self._connection is None:
+            self._refuse_planted_link()
             if inode is None:
-                if not create:
+                if not create or self.is_remembered():
                     raise self._missing()
                 os.close(open_beside(self.path))
+            self._inode = inode_of(self.path)
             self._connection = self._connect(create=create)
-            self._inode = _inode(self.path)
         return self._connection
+
+    def _refuse_planted_link(self) -> None:
+        """In a shared directory a link could make us write to a place of its maker's choice."""
+        if not os.path.islink(self._given):
+            return
+        maker = os.lstat(self._given).st_uid
+        if maker not in (0, os.geteuid(), os.stat(os.path.dirname(self._given)).st_uid):
+            raise OutboxError(
+                f"{self._given} is a symbolic link made by uid {maker}; it is not followed",
+                "remove it, or name the outbox itself with --db or VERSIONER_AGENT_DB",
+            )
 
     def _connect(self, *, create: bool) -> sqlite3.Connection:
         connection = self._raw_connection()
         try:
             # Before any setting is made: a file that is not ours must not be changed.
-            application_id, version, pages = connection.execute(IDENTIFY).fetchone()
-            if (
-                pages == 0 and os.stat(self.path).st_size == 0
-            ):  # just made, or by somebody who was killed before the first commit
-                if not create:
+            # In one transaction, for somebody may be making the tables just now.
+            connection.execute("BEGIN")
+            application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
+            is_unmade = pages == 0 and not _size_of(self.path)
+            connection.execute("COMMIT")
+            if is_unmade or (application_id, self.version, pages, vacuum) == _HALF_MADE:
+                # Just being made, or by somebody who was killed before the first commit.
+                if not create or self.is_remembered():
                     raise self._missing()
                 self._create(connection)
-                application_id, version = schema.APPLICATION_ID, schema.VERSION
-            if application_id != schema.APPLICATION_ID:
-                raise OutboxError(
-                    f"{self.path} is not an outbox of versioner-agent; it is left as it is",
-                    "name another file with --db or VERSIONER_AGENT_DB",
-                )
-            if version != schema.VERSION:
-                raise OutboxError(
-                    f"the outbox {self.path} has schema {version}, this versioner-agent knows {schema.VERSION}",
-                    "use the version of versioner-agent that made it",
-                )
+            elif application_id != schema.APPLICATION_ID:
+                if self.is_remembered():
+                    raise self.damaged("it does not say that it is an outbox", self._inode)
+                raise self.foreign()
+            if not self.oldest_version <= self.version <= schema.VERSION + 1:
+                raise self.unknown_version(self.version)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA journal_mode = PERSIST")
+            # What is deleted is overwritten, so that salvage finds no old copies.
+            connection.execute("PRAGMA secure_delete = ON")
+            # Damaged text must not make a page of records unreadable; its digest tells.
+            connection.text_factory = _TEXT
         except BaseException:
             connection.close()
             raise
@@ -152,16 +204,9 @@ class Store:
         Runs while holding the write queue, so that twenty first enqueues make one outbox.
         """
         connection.execute("PRAGMA synchronous = FULL")
-        # Can't be changed once there is a table.
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in schema.TABLES:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {schema.VERSION}")
-        connection.execute("COMMIT")
-        _sync_directory(os.path.dirname(self.path))
-        self._queue.remember(b"outbox\n")
+        make_tables(connection)
+        self.version = schema.VERSION
+        sync_directory(os.path.dirname(self.path))
 
     def _make_directory(self) -> None:
         directory = os.path.dirname(self.path)
@@ -173,25 +218,64 @@ class Store:
             os.mkdir(directory, 0o700)
         except FileExistsError:
             return
-        _sync_directory(parent)
+        sync_directory(parent)
 
-    def _missing(self) -> OutboxMissing:
+    def _missing(self) -> OutboxError:
+        if self.is_remembered():
+            inode = inode_of(self.path)
+            return self.damaged("the file is missing" if inode is None else "the file is empty", inode)
         return OutboxMissing(f"there is no outbox at {self.path}", "it is made by the first enqueue")
 
+    def damaged(self, what: str, inode: tuple[int, int] | None) -> OutboxDamaged:
+        """Say that an outbox, seen in the file *inode*, can't be used as it is."""
+        return OutboxDamaged(
+            f"the outbox {self.path} is damaged: {what}",
+            "the agent, a flush or the next enqueue replaces it, saves what can be read and keeps the damaged file",
+            what,
+            inode,
+        )
+
+    def suspected(self, what: str) -> OutboxDamaged:
+        """Say that something happened which can't on a sound file: it has to be looked through."""
+        return OutboxDamaged(
+            f"can't use the outbox {self.path}: {what}",
+            "look at it with `versioner-agent doctor`",
+            what,
+            self._inode,
+            is_certain=False,
+        )
+
+    def foreign(self) -> OutboxError:
+        """Say that the file is somebody else's."""
+        return OutboxError(
+            f"{self.path} is not an outbox of versioner-agent; it is left as it is",
+            "name another file with --db or VERSIONER_AGENT_DB",
+        )
+
+    def unknown_version(self, version: int) -> OutboxError:
+        """Say that the file is of a schema that this program can't use."""
+        return OutboxError(
+            f"the outbox {self.path} has schema {version}, this versioner-agent knows {schema.VERSION}; "
+            "it is left as it is",
+            "use the version of versioner-agent that made it",
+        )
+
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
         """Say SQLite's and the system's errors in our words."""
         try:
             yield
         except sqlite3.Error as exc:
             raise self._in_our_words(exc) from exc
         except OSError as exc:
+            words = "a symbolic link is in its place" if exc.errno == errno.ELOOP else exc.strerror or exc
             raise OutboxError(
-                f"can't use the outbox {self.path}: {exc.strerror or exc}", self._access_hint(exc)
+                f"can't use the outbox {exc.filename or self.path}: {words}", self._access_hint(exc)
             ) from exc
 
     def _in_our_words(self, exc: sqlite3.Error) -> OutboxError:
-        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+        extended = getattr(exc, "sqlite_errorcode", 0)
+        code = extended & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return OutboxBusy(
                 f"the outbox {self.path} was locked for {self.busy_timeout:g} s",
@@ -200,10 +284,16 @@ class Store:
         if code == sqlite3.SQLITE_FULL:
             return OutboxFull(f"no space left for the outbox {self.path}", "free some space, then try again")
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-            return OutboxError(
-                f"{self.path} is damaged, or no outbox at all ({exc}); it is left as it is",
-                "keep a copy of it and its -journal, and name another file with --db to go on",
-            )
+            if code == sqlite3.SQLITE_NOTADB and not self.is_remembered():
+                return OutboxDamaged(
+                    f"{self.path} is damaged, or no outbox at all ({exc}); it is left as it is",
+                    "name another file with --db or VERSIONER_AGENT_DB",
+                    str(exc),
+                    self._inode,
+                )
+            return self.damaged(str(exc), self._inode)
+        if code in _IMPOSSIBLE or extended in (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ):
+            return self.suspected(str(exc))
         return OutboxError(f"can't use the outbox {self.path}: {exc}", self._access_hint(exc))
 
     def _access_hint(self, exc: Exception) -> str | None:
@@ -228,7 +318,28 @@ def _group_name(gid: int) -> str:
         return str(gid)
 
 
-def _inode(path: str) -> tuple[int, int] | None:
+def make_tables(connection: sqlite3.Connection) -> None:
+    """Make an outbox in an empty file, in one transaction."""
+    # Neither can be changed once there is a table.
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    connection.execute("BEGIN IMMEDIATE")
+    for statement in schema.statements():
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {schema.VERSION}")
+    connection.execute("COMMIT")
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def inode_of(path: str) -> tuple[int, int] | None:
+    """Return what tells the file at *path* from one that takes its place; None where there is none."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -236,7 +347,7 @@ def _inode(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
     """Make a new name in *path* durable (fsync(2): the file's own sync does not cover its directory entry)."""
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -10,8 +10,8 @@ import pytest
 from host import KEY, eventually
 from scripted import accepted, refused
 
-from versioner_agent import agent, config
-from versioner_agent.agent import _check_destination, flush, others_can_write
+from versioner_agent import agent, binding, config
+from versioner_agent.agent import flush, others_can_write
 from versioner_agent.errors import CredentialsMissing, LockHeld, OtherDestination
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
@@ -122,7 +122,7 @@ def test_flush_sends_nothing_from_a_shared_outbox(outbox, serve):
 def test_the_same_destination_may_deliver(ledger, here):
     bind(ledger, "https://api.example", "acme")
 
-    _check_destination(ledger, here)
+    binding.check(ledger, here)
 
     assert ledger.destination()[0] == Destination("https://api.example", "acme")
 
@@ -141,7 +141,7 @@ def test_another_destination_is_refused_while_anything_is_pending(ledger, here):
     bind(ledger, "https://api.example", "acme")
 
     with pytest.raises(OtherDestination) as caught:
-        _check_destination(ledger, here)
+        binding.check(ledger, here)
 
     assert "https://api.example" in caught.value.message
     assert str(here.origin or here.account) in caught.value.message
@@ -152,13 +152,13 @@ def test_an_outbox_with_nothing_pending_may_move(ledger):
     bind(ledger, "https://api.example", "acme")
     deliver(ledger)
 
-    _check_destination(ledger, Destination("https://other.example", "acme"))
+    binding.check(ledger, Destination("https://other.example", "acme"))
 
     assert ledger.destination()[0] == Destination(None, None)
 
 
 def test_an_unbound_outbox_takes_any_destination(ledger):
-    _check_destination(ledger, Destination("https://other.example", "rival"))
+    binding.check(ledger, Destination("https://other.example", "rival"))
 
 
 def test_flush_sends_nothing_to_another_destination(outbox, ledger, serve):

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from scripted import accepted, answer, closed, dripped, hanging, raw, refused, reset
 
-from versioner_agent import __version__, agent, config
+from versioner_agent import __version__, binding, config
 from versioner_agent.delivery import MAX_ANSWER_BYTES, Sender, Target
 from versioner_agent.errors import ConfigError
 from versioner_agent.outcomes import Outcome
@@ -35,7 +35,7 @@ def send(target, *, kind="build", key=KEY, payload=PAYLOAD):
 def send_as_configured(env, **values):
     """Send one event with settings and key found as the agent finds them."""
     settings = config.resolve(values, env, [])
-    sender, _, _ = agent._delivery(settings, env, agent._Account(None))
+    sender, _, _ = binding.sending(settings, env, binding.Account(None))
     with closing(sender):
         return sender.send("build", PAYLOAD, "event-1")
 

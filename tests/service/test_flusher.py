@@ -75,7 +75,7 @@ class Bench:
         self.outbox = Outbox(self.path)
         self.store = Store(self.path)
         self.ledger = Ledger(self.store)
-        self.ledger.open()
+        self.ledger.open(create=True)
         self.wire = Wire()
         self.failed = []
         self.now = 1000.0

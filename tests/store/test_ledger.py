@@ -30,7 +30,7 @@ DOWN = Outcome("unavailable", "HTTP 503", 503)
 @pytest.fixture
 def ledger(outbox):
     made = Ledger(outbox.store)
-    made.open()
+    made.open(create=True)
     return made
 
 

@@ -245,8 +245,3 @@ def test_file_that_is_there_keeps_its_mode(tmp_path):
     os.close(locks.open_beside(str(tmp_path / "file")))
 
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
-
-
-def test_missing_file_is_made_only_on_request(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        locks.open_beside(str(tmp_path / "file"), create=False)

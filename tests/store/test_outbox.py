@@ -292,7 +292,7 @@ def test_little_space_is_left_to_deliveries(outbox, monkeypatch):
     ],
 )  # fmt: skip
 def test_event_for_another_destination_is_refused(outbox, meant, is_other):
-    Ledger(outbox.store).open()
+    Ledger(outbox.store).open(create=True)
     with outbox.store.write() as connection:
         connection.execute("UPDATE destination SET origin = 'https://a', account = 'acme'")
     if is_other:

@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from versioner_agent import Outbox, review, schema
-from versioner_agent.errors import OutboxBusy, OutboxError, OutboxFull
+from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.storage import OutboxMissing, Store
@@ -119,7 +119,9 @@ def test_database_of_another_program_is_left_as_it_is(tmp_path, journal_mode):
     assert files_of(tmp_path) == before
 
 
-@pytest.mark.parametrize(("version", "journal_mode"), [(0, "PERSIST"), (2, "PERSIST"), (99, "PERSIST"), (99, "WAL")])
+@pytest.mark.parametrize(
+    ("version", "journal_mode"), [(0, "PERSIST"), (schema.VERSION + 2, "PERSIST"), (99, "PERSIST"), (99, "WAL")]
+)
 def test_other_schema_is_left_as_it_is(tmp_path, version, journal_mode):
     path = tmp_path / "outbox.db"
     with Outbox(path) as outbox:
@@ -268,7 +270,7 @@ def test_removed_file_is_missing_at_once(tmp_path):
     with Outbox(tmp_path / "outbox.db") as outbox:
         outbox.enqueue("build", BUILD)
         os.remove(tmp_path / "outbox.db")
-        with pytest.raises(OutboxMissing):
+        with pytest.raises(OutboxDamaged, match="the file is missing"):
             review.stats(outbox.store)
 
 

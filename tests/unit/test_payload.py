@@ -157,7 +157,7 @@ def test_digest_tells_contents_apart(change):
 
 def test_identity_is_kind_run_attempt_and_content():
     def identity(kind="build", run="7", attempt=None, content=b"c"):
-        return events.identity(make(kind, invoke_id=run), attempt, content)
+        return events.identity(kind, run, attempt, content)
 
     others = [
         identity(kind="deployment"), identity(run="8"), identity(attempt="1"), identity(content=b"d"),
@@ -167,7 +167,7 @@ def test_identity_is_kind_run_attempt_and_content():
 
 
 def test_event_without_a_run_has_no_identity():
-    assert events.identity(make(), "1", b"c") is None
+    assert events.identity("build", None, "1", b"c") is None
 
 
 _json = st.recursive(

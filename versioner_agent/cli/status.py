@@ -42,6 +42,7 @@ def status(as_json: bool, **options: Any) -> None:
 
 
 def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str, Any]:
+    from versioner_agent.damage import damage_json  # noqa: PLC0415
     from versioner_agent.records import time_json  # noqa: PLC0415
 
     now = time.time()
@@ -59,7 +60,7 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
             {"product_name": held.product_name, "id": held.id, "since": time_json(held.since), "reason": held.reason}
             for held in stats.held
         ],
-        "damage": None,
+        "damage": damage_json(stats.damage),
         "destination": {
             "url": stats.destination.origin or api_url,
             "account": stats.destination.account,
@@ -85,6 +86,9 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
         words = f"{last.product_name} {last.version}: {last.reason}: {last.detail or ''}"
         notes["failed"] = f"last {last.id}: {printable(words)}"
     lines = [f"outbox       {printable(path)} ({stats.bytes / 1024:.0f} KiB)"]
+    if stats.damage:
+        lines.append(f"DAMAGED      {age(stats.damage.at, now)}: {printable(str(stats.damage))}")
+        lines.append("             `versioner-agent doctor --acknowledge` when somebody has looked at it")
     for state, count in stats.counts.items():
         if count or state in ("pending", "delivered", "failed"):
             name = styled(state, 11) if count else state.ljust(11)

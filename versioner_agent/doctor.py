@@ -1,0 +1,48 @@
+"""Checks of an outbox, as functions that return findings; nothing here changes anything."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from versioner_agent import damage, review
+from versioner_agent.errors import OutboxError
+from versioner_agent.storage import OutboxMissing, Store
+
+
+class Finding(NamedTuple):
+    """What one check found, and what to do about it."""
+
+    check: str
+    level: str  # ok | warning | error
+    finding: str
+    action: str = ""
+
+
+def examine(store: Store) -> list[Finding]:
+    """Run all checks."""
+    return [_outbox(store), *_past_damage(store)]
+
+
+def _outbox(store: Store) -> Finding:
+    try:
+        found = damage.find(store)
+        if found is not None:
+            return Finding("outbox", "error", found.message, found.hint or "")
+        bytes_ = review.stats(store).bytes
+    except OutboxMissing as exc:
+        return Finding("outbox", "ok", exc.message, exc.hint or "")
+    except OutboxError as exc:
+        return Finding("outbox", "error", exc.message, exc.hint or "")
+    how = "header and tables are" if damage.is_large(store) else "the whole file is"
+    return Finding("outbox", "ok", f"{store.path} ({bytes_ / 1024:.0f} KiB): {how} sound")
+
+
+def _past_damage(store: Store) -> list[Finding]:
+    try:
+        noted = review.stats(store).damage
+    except OutboxError:
+        return []  # the check of the outbox says why
+    if noted is None:
+        return []
+    action = "look at what was kept and queue again what is missing, then `versioner-agent doctor --acknowledge`"
+    return [Finding("damage", "warning", f"the outbox was damaged: {noted}", action)]

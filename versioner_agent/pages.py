@@ -1,0 +1,175 @@
+"""Rows read from the bytes of a SQLite file, where SQL can't: after truncation, or behind a broken header.
+
+The published file format (https://sqlite.org/fileformat2.html), and of it only the leaves of tables. What is returned
+looks like rows; whether it is what was once written, only the caller's digest can tell. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+PAGE_BYTES = 4096  # as every outbox is made
+LEAF, INTERIOR = 0x0D, 0x05
+MAX_ROW_BYTES = 4 * 1024 * 1024  # several times what an event may have
+
+#: Where a record's first text begins: its event_id.
+EVENT_ID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+#: How far before its first text a record's cell can begin: two lengths, the rowid, and a type for each column.
+CELL_HEAD_BYTES = 128
+
+_INTEGER_BYTES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
+
+#: Returns the bytes of a page by its number from 1 on; fewer than a page's where the file ends.
+Pages = Callable[[int], bytes]
+
+
+class Row(NamedTuple):
+    """A cell's rowid and columns, and where in its page it lies."""
+
+    rowid: int
+    values: tuple[int | float | str | bytes | None, ...]
+    start: int
+    end: int
+
+
+def rows(page: bytes, read: Pages, count: int) -> Iterator[Row]:
+    """Yield the rows of one page, in a file of *count* pages: by its pointers, then those that no pointer leads to.
+
+    The second search is for pages whose own header is damaged. It passes over what a sound page says is free, where
+    old copies of rows may lie; freed cells and pages hold none, for connections use `secure_delete`.
+    """
+    found = list(_by_pointers(page, read)) if page[:1] == bytes((LEAF,)) else []
+    yield from (row for row in found if row is not None)
+    if found and None not in found and len(found) == _cell_count(page):
+        return
+    if not _is_sound_interior(page, count):
+        yield from _by_text(page, read, [(row.start, row.end) for row in found if row is not None])
+
+
+def _cell_count(page: bytes) -> int:
+    return int.from_bytes(page[3:5])
+
+
+def _by_pointers(page: bytes, read: Pages) -> Iterator[Row | None]:
+    """Yield a row per cell pointer, None where it leads to nothing."""
+    for at in range(8, min(8 + 2 * _cell_count(page), len(page) - 1), 2):
+        yield row_at(page, int.from_bytes(page[at : at + 2]), read)
+
+
+def _by_text(page: bytes, read: Pages, known: list[tuple[int, int]]) -> Iterator[Row]:
+    free_until = int.from_bytes(page[5:7])
+    if not 8 + 2 * _cell_count(page) <= free_until <= PAGE_BYTES:
+        free_until = 0
+    for match in EVENT_ID.finditer(page):
+        text = match.start()
+        if any(start <= text < end for start, end in known):
+            continue
+        for start in range(max(free_until, text - CELL_HEAD_BYTES), text):
+            if (row := row_at(page, start, read, body_at=text)) is not None:
+                yield row
+                break
+
+
+def _is_sound_interior(page: bytes, count: int) -> bool:
+    """Tell whether *page* leads to other pages, as the inner nodes of a table do: such a page holds no rows."""
+    if page[:1] != bytes((INTERIOR,)) or len(page) < PAGE_BYTES:
+        return False
+    children = [int.from_bytes(page[8:12])]
+    for at in range(12, min(12 + 2 * _cell_count(page), len(page) - 1), 2):
+        cell = int.from_bytes(page[at : at + 2])
+        children.append(int.from_bytes(page[cell : cell + 4]))
+    return all(1 < child <= count for child in children)
+
+
+def row_at(page: bytes, start: int, read: Pages, *, body_at: int | None = None) -> Row | None:
+    """Return the row whose cell begins at *start* of *page*, None where there can't be one.
+
+    With *body_at*, only one whose first stored value begins there.
+    """
+    try:
+        size, at = _varint(page, start)
+        rowid, at = _varint(page, at)
+        head_size, types_at = _varint(page, at)
+        if not 1 < head_size <= size <= MAX_ROW_BYTES or (body_at is not None and at + head_size != body_at):
+            return None
+        local = _local_size(size)
+        if at + local > len(page):
+            return None
+        content = page[at : at + local]
+        end = at + local
+        if local < size:
+            content += _overflow(int.from_bytes(page[end : end + 4]), size - local, read)
+            end += 4
+        values = _values(content, types_at - at, head_size)
+    except (IndexError, struct.error, ValueError):
+        return None
+    signed = rowid - (1 << 64) if rowid >= 1 << 63 else rowid
+    return Row(signed, values, start, end)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return a variable-length integer and the offset behind it (section 1.6 of the format)."""
+    value = 0
+    for index in range(8):
+        byte = data[at + index]
+        value = value << 7 | byte & 0x7F
+        if byte < 0x80:
+            return value, at + index + 1
+    return value << 8 | data[at + 8], at + 9
+
+
+def _local_size(size: int) -> int:
+    """Return how many of a row's *size* bytes lie in the leaf itself (same section: cell payload overflow)."""
+    most = PAGE_BYTES - 35
+    if size <= most:
+        return size
+    least = (PAGE_BYTES - 12) * 32 // 255 - 23
+    local = least + (size - least) % (PAGE_BYTES - 4)
+    return local if local <= most else least
+
+
+def _overflow(number: int, left: int, read: Pages) -> bytes:
+    """Return *left* bytes of a chain of overflow pages; raises ValueError where it breaks off."""
+    parts = []
+    while left > 0:
+        page = read(number) if number > 1 else b""
+        part = page[4 : 4 + min(left, PAGE_BYTES - 4)]
+        if not part:
+            raise ValueError("the chain of overflow pages is broken")
+        parts.append(part)
+        left -= len(part)
+        number = int.from_bytes(page[:4])
+    return b"".join(parts)
+
+
+def _values(content: bytes, types_at: int, head_size: int) -> tuple[int | float | str | bytes | None, ...]:
+    values: list[int | float | str | bytes | None] = []
+    at = head_size
+    while types_at < head_size:
+        kind, types_at = _varint(content, types_at)
+        value, at = _value(content, kind, at)
+        values.append(value)
+    if types_at != head_size or at != len(content):
+        raise ValueError("the types do not fill the row")
+    return tuple(values)
+
+
+def _value(content: bytes, kind: int, at: int) -> tuple[int | float | str | bytes | None, int]:
+    """Return the value of serial type *kind* at an offset, and the offset behind it."""
+    if kind == 0:
+        return None, at
+    if kind in _INTEGER_BYTES:
+        size = _INTEGER_BYTES[kind]
+        return int.from_bytes(content[at : at + size], signed=True), at + size
+    if kind == 7:
+        return struct.unpack_from(">d", content, at)[0], at + 8
+    if kind in (8, 9):
+        return kind - 8, at
+    if kind < 12:
+        raise ValueError("no such type")
+    size = (kind - 12) // 2
+    data = content[at : at + size]
+    return (data.decode("utf-8", "replace") if kind % 2 else data), at + size

@@ -1,0 +1,174 @@
+"""What can be saved of a damaged outbox: rows of its bytes in, proven records into a new file.
+
+A record is kept where its digest proves it; with it its state, for which there is no proof and which is read
+forgivingly. Of the other tables only what matters is kept: where the outbox delivers to, batches, the last id given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from versioner_agent import events, schema
+from versioner_agent.pages import PAGE_BYTES, Row, rows
+from versioner_agent.records import Record, is_intact
+
+MAX_TIME = 253_402_300_800.0  # the year 10000
+#: Ids that a damaged counter may be ahead of the last record found, to be believed.
+MAX_PRUNED = 10_000_000
+
+
+def rows_of(path: str) -> Iterator[Row]:
+    """Yield what looks like a row in the file at *path*; what the disk can't read any more is passed over."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        count = -(-os.fstat(fd).st_size // PAGE_BYTES)
+
+        def read(number: int) -> bytes:
+            try:
+                return os.pread(fd, PAGE_BYTES, (number - 1) * PAGE_BYTES)
+            except OSError:
+                return b""
+
+        for number in range(2, count + 1):  # the first page holds the schema
+            yield from rows(read(number), read, count)
+    finally:
+        os.close(fd)
+
+
+class Salvage:
+    """Takes rows of any table and keeps the records that prove themselves, and the few other rows that matter."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        """Fill the tables behind *connection*, which are as new."""
+        self._connection = connection
+        info = connection.execute("SELECT name, type, \"notnull\" FROM pragma_table_info('record')").fetchall()
+        self._columns = {name: (_TYPES[kind], bool(needed)) for name, kind, needed in info}
+        names = ", ".join(self._columns)
+        marks = ", ".join("?" * len(self._columns))
+        self._insert = f"INSERT INTO record ({names}) VALUES ({marks})"  # noqa: S608  # our own column names
+        self._unreadable: set[int] = set()
+        self._batches: dict[int, tuple[Any, ...]] = {}
+        self._sequence = 0
+
+    def take(self, row: Row) -> None:
+        """Keep *row* where it is worth it; tables are told apart by their number of columns."""
+        width = len(row.values)
+        if width == len(self._columns):
+            self._take_record(row)
+        elif width == 5 and row.values[1] == "enqueue":
+            self._batches[row.rowid] = (row.rowid, *row.values[1:])
+        elif width == 10 and row.rowid == 1:
+            self._take_destination(row)
+        elif width == 2 and row.values[0] == "record" and isinstance(row.values[1], int):
+            self._sequence = row.values[1]
+
+    def finish(self) -> tuple[dict[str, int], list[int]]:
+        """Write what belongs to all rows; returns records by state, and the ids seen whose digest fails."""
+        run = self._connection.execute
+        for batch in self._batches.values():
+            with contextlib.suppress(sqlite3.Error):
+                run("INSERT INTO batch (id, kind, created_at, published, waiting) VALUES (?, ?, ?, ?, ?)", batch)
+        # A staged record whose batch is gone may have been acknowledged: better sent than lost.
+        run("UPDATE record SET state = 'pending' WHERE state = 'staged' AND batch NOT IN (SELECT id FROM batch)")
+        last = run("SELECT COALESCE(max(id), 0) FROM record").fetchone()[0]
+        if last < self._sequence < last + MAX_PRUNED:  # ids of pruned records are not given again
+            last = self._sequence
+        run("DELETE FROM sqlite_sequence WHERE name = 'record'")
+        run("INSERT INTO sqlite_sequence (name, seq) VALUES ('record', ?)", (last,))
+        counts = dict(run("SELECT state, n FROM tally WHERE n > 0 ORDER BY state").fetchall())
+        return counts, sorted(self._unreadable - {row[0] for row in run("SELECT id FROM record").fetchall()})
+
+    def _take_record(self, row: Row) -> None:
+        found: dict[str, Any] = {**dict(zip(self._columns, row.values, strict=True)), "id": row.rowid}
+        payload = found["payload"]
+        record = Record(**{name: found[name] for name in Record._fields})
+        if not isinstance(payload, bytes) or not is_intact(record, payload):
+            if isinstance(record.event_id, str) and record.kind in events.KINDS:
+                self._unreadable.add(row.rowid)
+            return
+        found |= _true_identity(record, payload)
+        fitting = {name: _fitting(name, found[name], *column) for name, column in self._columns.items()}
+        fitting["state"] = _nearest_state(found["state"])
+        if not self._is_latest(fitting):
+            return
+        try:
+            self._connection.execute(self._insert, tuple(fitting.values()))
+        except sqlite3.IntegrityError:  # an identity that is not its own: without one nothing is a repeat
+            with contextlib.suppress(sqlite3.IntegrityError):
+                self._connection.execute(self._insert, tuple((fitting | {"identity": None}).values()))
+
+    def _is_latest(self, found: dict[str, Any]) -> bool:
+        """Make room for *found* unless a later state of the same record is kept: a half-done change leaves two."""
+        before = self._connection.execute(
+            "SELECT retries, attempts, state FROM record WHERE id = ?", (found["id"],)
+        ).fetchone()
+        if before is None:
+            return True
+        if (*before[:2], _AGE[before[2]]) >= (found["retries"], found["attempts"], _AGE[found["state"]]):
+            return False
+        self._connection.execute("DELETE FROM record WHERE id = ?", (found["id"],))
+        return True
+
+    def _take_destination(self, row: Row) -> None:
+        origin, account, deliveries, last_delivered_at = (row.values[at] for at in (1, 2, 8, 9))
+        if not isinstance(origin, str) or not origin.isprintable() or "://" not in origin:
+            return
+        is_account = isinstance(account, str) and account.isprintable()
+        self._connection.execute(
+            """
+            UPDATE destination SET origin = ?, account = ?, deliveries = ?, last_delivered_at = ? WHERE id = 1
+            """,
+            (
+                origin,
+                account if is_account else None,
+                deliveries if isinstance(deliveries, int) and deliveries >= 0 else 0,
+                last_delivered_at if isinstance(last_delivered_at, float) else None,
+            ),
+        )
+
+
+_TYPES: dict[str, type[int | float | str | bytes]] = {
+    "INTEGER": int,
+    "REAL": float,
+    "TEXT": str,
+    "BLOB": bytes,
+}
+#: States in the order in which a record can come to them.
+_AGE = {state: age for age, state in enumerate(("staged", "pending", "failed", "exported", "delivered", "discarded"))}
+
+
+def _true_identity(record: Record, payload: bytes) -> dict[str, bytes | None]:
+    """Return `content` and `identity`, which the digest does not cover, as they must have been."""
+    run = (record.kind, record.invoke_id, record.run_attempt)
+    if isinstance(record.content, bytes) and record.identity == events.identity(*run, record.content):
+        return {}
+    contents = events.contents_of(record.kind, payload, record.queued_at)
+    known = [c for c in contents if c == record.content or events.identity(*run, c) == record.identity]
+    content = (known or contents)[0]
+    return {"content": content, "identity": events.identity(*run, content)}
+
+
+def _fitting(name: str, value: Any, kind: type[int | float | str | bytes], needed: bool) -> Any:
+    """Return *value* where it can be one of its column, else none, or an empty one where one is needed."""
+    if kind is float:
+        if isinstance(value, int | float) and 0 <= value < MAX_TIME:
+            return value
+        # Settled, but when? Now: pruning must neither take it at once nor leave it for ever.
+        return time.time() if name == "settled_at" and value is not None else None
+    if isinstance(value, kind):
+        return value
+    return kind() if needed else None
+
+
+def _nearest_state(word: Any) -> str:
+    """Return the state that *word* is, or was before a bit of it flipped; what can't be told is sent again."""
+    if not isinstance(word, str):
+        return "pending"
+    states = ("staged", *schema.STATES)
+    alike = [state for state in states if len(state) == len(word)]
+    return max(alike, key=lambda state: sum(a == b for a, b in zip(state, word, strict=True)), default="pending")
