@@ -28,12 +28,14 @@ ALLOWED = {
     "config": {"errors", "events", "urls"},
     "locks": set(),
     "storage": {"errors", "locks", "schema"},
+    "reserve": {"storage"},
+    "settling": {"outcomes", "policy", "records", "reserve", "storage", "text"},
     "batches": {"storage"},
     "outbox": {"batches", "damage", "errors", "events", "integrity", "storage"},
     "salvage": {"events", "pages", "records", "schema"},
     "damage": {"errors", "locks", "pages", "records", "salvage", "schema", "storage"},
     "migration": {"errors", "locks", "schema", "storage"},
-    "ledger": {"batches", "damage", "errors", "migration", "outbox", "outcomes", "policy", "records", "storage"},
+    "ledger": {"batches", "damage", "errors", "migration", "outbox", "records", "reserve", "settling", "storage", "text"},
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
     "tls": {"errors"},
     "delivery": {"errors", "outcomes", "text", "tls", "urls"},
@@ -41,8 +43,10 @@ ALLOWED = {
     "loopback": set(),
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
-    "reports": {"ledger", "outbox", "outcomes", "text"},
-    "flusher": {"chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "reports", "text"},
+    "reports": {"ledger", "outbox", "outcomes", "settling", "text"},
+    "flusher": {
+        "chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
+    },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "agent": {
         "binding", "config", "delivery", "errors", "flusher", "ledger", "locks", "records", "review", "storage", "text",

@@ -28,25 +28,25 @@ DROP_STAGED = """
 """
 
 
-def hand_over_batch(store: Store) -> bool:
-    """Turn one step of the oldest published batch into pending records; False when there is none left."""
+def hand_over_batch(store: Store, step: int = CHUNK) -> bool:
+    """Turn one *step* of the oldest published batch into pending records; False when there is none left."""
     with store.read() as connection:
         found = connection.execute(FIND_PUBLISHED).fetchall()
     if not found:
         return False
     with store.write() as connection:
-        handed_over = connection.execute(HAND_OVER, (found[0][0], CHUNK)).rowcount
+        handed_over = connection.execute(HAND_OVER, (found[0][0], step)).rowcount
         connection.execute(COUNT_HANDED_OVER, (handed_over, found[0][0]))
-        if handed_over < CHUNK:
+        if handed_over < step:
             connection.execute(DELETE_BATCH, found[0])
     return True
 
 
-def drop_staged(store: Store, batch: int | None) -> bool:
-    """Remove one step of a batch that was never published; False when it is gone."""
+def drop_staged(store: Store, batch: int | None, step: int = CHUNK) -> bool:
+    """Remove one *step* of a batch that was never published; False when it is gone."""
     with store.write() as connection:
         if connection.execute(SELECT_UNPUBLISHED, (batch,)).fetchone() is None:
             return False
-        if connection.execute(DROP_STAGED, (batch, CHUNK)).rowcount < CHUNK:
+        if connection.execute(DROP_STAGED, (batch, step)).rowcount < step:
             connection.execute(DELETE_BATCH, (batch,))
     return True

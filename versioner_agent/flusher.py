@@ -19,12 +19,13 @@ from typing import NamedTuple, Protocol
 
 from versioner_agent.chooser import Chooser
 from versioner_agent.errors import OutboxDamaged, OutboxError
-from versioner_agent.ledger import Health, Ledger, Settlement
+from versioner_agent.ledger import Health, Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import STATE_OF, Outcome, no_answer
 from versioner_agent.policy import Counters, Limits, Pace, decide
 from versioner_agent.records import Record, is_intact
 from versioner_agent.reports import log_destination, log_settlement
+from versioner_agent.settling import Settlement
 from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class Flusher:
         self._workers = 0
         self._arrived: list[_Answer] = []
         self._unwritten: list[Settlement] = []
-        self._rewrite_at = 0.0
+        self._rewrite_at = 0.0  # when those are tried again
+        self._paused_until = 0.0  # where the outbox could not be used
         self._busy: set[str] = set()
         self._seen_file: tuple[int, int, int] | None = None
         self._seen_version: int | None = None
@@ -133,22 +135,22 @@ class Flusher:
         try:
             if self._arrived or (self._unwritten and now >= self._rewrite_at):
                 self._settle(now)
-            if now >= self._rewrite_at:
+            if now >= self._paused_until:
                 self._notice(now)
                 if self._has_batches:
                     self._hand_over()
                 if not self._has_batches:
                     self._dispatch(now)
                     self._maintain(now)
-                self._rewrite_at = 0.0
+                self._paused_until = 0.0
         except OutboxDamaged as exc:
             self._mend(exc, now)
         except OutboxError as exc:
-            if not self._rewrite_at:  # once, however long it lasts
+            if not self._paused_until:  # once, however long it lasts
                 logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
-            self._rewrite_at = now + REWRITE_S
+            self._rewrite_at = self._paused_until = now + REWRITE_S
             self._chooser.look_again()  # a key may have been taken up and not sent
-        if self._has_batches and not self._rewrite_at:
+        if self._has_batches and not self._paused_until:
             return now
         due = self._pace.next_due(now)
         return min(now + POLL_S, due) if due is not None and due > now else now + POLL_S
@@ -180,7 +182,7 @@ class Flusher:
 
     def _mend(self, found: OutboxDamaged, now: float) -> None:
         """Go on with what can be saved; a disk that damages file after file must not be filled with them."""
-        self._rewrite_at = now + REWRITE_S
+        self._rewrite_at = self._paused_until = now + REWRITE_S
         self._chooser.look_again()
         if now < self._mend_at:
             return
@@ -190,7 +192,7 @@ class Flusher:
         except OutboxError as exc:
             logger.error("%s", printable(exc.message), extra={"action": "damage"})  # noqa: TRY400
             return
-        self._rewrite_at = 0.0
+        self._rewrite_at = self._paused_until = 0.0
         if mended is not None:
             logger.error("the outbox was damaged: %s", printable(str(mended)), extra={"action": "damage"})
 
@@ -277,14 +279,16 @@ class Flusher:
         answers, self._arrived = self._arrived, []
         self._unwritten += [self._judge(answer, now) for answer in answers]
         written = self._unwritten
+        told = {settlement.record.id for settlement in written[: len(written) - len(answers)]}
         health = self._health_after(written, now) if answers else self._health
         self._health = health
         verdict = next((s.outcome for s in written if s.outcome.is_verdict and s.outcome.account), None)
         here = self._here if verdict is None else self._here._replace(account=verdict.account)
-        self._ledger.settle(written, health, here)
+        left = {settlement.record.id for settlement in self._ledger.settle(written, health, here)}
         if verdict is not None and verdict.account is not None:
             self._on_account(verdict.account)
-        self._unwritten = []
+        self._unwritten = [settlement for settlement in written if settlement.record.id in left]
+        written = [settlement for settlement in written if settlement.record.id not in left]
         for settlement in written:
             key = settlement.record.product_name
             self._busy.discard(key)
@@ -294,6 +298,11 @@ class Flusher:
             log_settlement(settlement)
             if settlement.decision.state == "failed":
                 self._on_failed(settlement.settled)
+        if left:
+            self._rewrite_at = now + REWRITE_S
+        for record_id in sorted(left - told):
+            extra = {"action": "outbox_error", "record": record_id}
+            logger.error("no room to record what became of %d; trying again", record_id, extra=extra)
         if health.state != self._told_state:
             self._told_state = health.state
             log_destination(health, self._here)

@@ -7,45 +7,28 @@ Order is the outbox's id within an ordering key. Used only by whoever holds the 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Container
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple, TypeVar
 
-from versioner_agent import damage, migration
-from versioner_agent.batches import FIND_PUBLISHED, drop_staged, hand_over_batch
+from versioner_agent import damage, migration, reserve, settling
+from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.outbox import Destination
-from versioner_agent.outcomes import Outcome
-from versioner_agent.policy import Decision
 from versioner_agent.records import COLUMNS, Record
-from versioner_agent.storage import Store
+from versioner_agent.settling import Settlement
+from versioner_agent.storage import RESERVE_BYTES, ROOM_BYTES, Store
+from versioner_agent.text import bounded
 
-ATTEMPTS_KEPT = 20
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
 PRUNE_STEP = 200
 BATCH_ABANDONED_S = 3600.0
-RESERVE_BYTES = 256 * 1024
+KEPT_FREE_BYTES = 2 * ROOM_BYTES
+SMALL_STEP = 5
+BRIEF_CHARS = 200  # of the API's words, on a full disk
 
 
-class Settlement(NamedTuple):
-    """One attempt and what was decided about its record."""
-
-    record: Record
-    outcome: Outcome
-    decision: Decision
-    at: float  # when the answer came, seconds since 1970
-    duration_s: float
-
-    @property
-    def settled(self) -> Record:
-        """The record as it is once this is written."""
-        return self.record._replace(
-            state=self.decision.state,
-            reason=self.decision.reason,
-            detail=self.decision.detail,
-            code=self.outcome.code,
-            settled_at=self.at,
-        )
+Count = TypeVar("Count", int, bool, None)
 
 
 class Health(NamedTuple):
@@ -112,7 +95,7 @@ class Ledger:
 
     def hand_over(self) -> bool:
         """Do one step of handing over what a dying enqueue had published; False when there is nothing left."""
-        return hand_over_batch(self.store)
+        return self._step(lambda step: hand_over_batch(self.store, step), CHUNK)
 
     def head(self, key: str) -> tuple[Record, bytes] | None:
         """Return the first pending record of *key* and its payload; None when nothing of it waits.
@@ -129,7 +112,7 @@ class Ledger:
                     connection.execute("COMMIT")
             if not is_handing_over:
                 return self._checked(key, row) if row else None
-            hand_over_batch(self.store)
+            self.hand_over()
 
     def _checked(self, key: str, row: tuple[Any, ...]) -> tuple[Record, bytes]:
         """Return what the index named as the head of *key*, if that is what it is: a settled one must not go again."""
@@ -148,23 +131,30 @@ class Ledger:
         with self.store.read() as connection:
             return int(connection.execute("PRAGMA data_version").fetchone()[0])
 
-    def settle(self, settlements: list[Settlement], health: Health, here: Destination) -> None:
+    def settle(self, settlements: list[Settlement], health: Health, here: Destination) -> list[Settlement]:
         """Write decisions, attempts and the destination's state in one transaction.
 
-        On a full disk the reserve inside the file is given up for it. The first verdict of the API binds the outbox
-        to *here*. A record that a person discarded meanwhile keeps that state; its attempt is kept all the same.
+        The first verdict of the API binds the outbox to *here*. A record that a person discarded meanwhile keeps that
+        state; its attempt is kept all the same. On a full disk the reserve inside the file is given up, and each
+        decision is written for itself, with fewer words. Returns those for which there was no room even so.
         """
-        try:
-            self._settle(settlements, health, here)
-        except OutboxFull:
-            with self.store.write() as connection:
-                connection.execute("DELETE FROM reserve")
-            self._settle(settlements, health, here)
+        if not reserve.is_short(self.store):
+            try:
+                self._settle(settlements, health, here)
+            except OutboxFull:
+                reserve.give_up(self.store)
+            else:
+                return []
+        return [settlement for settlement in settlements if not self._settle_briefly(settlement, health, here)]
 
     def condemn(self, record: Record, detail: str, now: float) -> None:
         """Fail a record that must never be sent."""
-        with self.store.write() as connection:
-            connection.execute(CONDEMN, {"id": record.id, "detail": detail, "now": now})
+
+        def act(_step: int) -> None:
+            with self.store.write() as connection:
+                connection.execute(CONDEMN, {"id": record.id, "detail": detail, "now": now})
+
+        self._step(act, 1)
 
     def destination(self) -> tuple[Destination, Health, int]:
         """Return where the outbox delivers to, how that is, and how many deliveries there were."""
@@ -182,76 +172,68 @@ class Ledger:
         with self.store.read() as connection:
             rows = connection.execute(FIND_ABANDONED, (now - BATCH_ABANDONED_S,)).fetchall()
         for (batch,) in rows:
-            while drop_staged(self.store, batch):
+            while self._step(lambda step, batch=batch: drop_staged(self.store, batch, step), CHUNK):  # type: ignore[misc]
                 pass
 
     def prune(self, before: float) -> int:
         """Remove one small step of delivered and discarded records settled before *before*; returns how many."""
+        return self._step(lambda step: self._prune(before, step), PRUNE_STEP)
+
+    def _prune(self, before: float, step: int) -> int:
         with self.store.read() as connection:
-            rows = connection.execute(FIND_OLD, (before, PRUNE_STEP)).fetchall()
+            rows = connection.execute(FIND_OLD, (before, step)).fetchall()
         if rows:
             with self.store.write() as connection:
                 for row in rows:
                     connection.execute(PRUNE, row)
         return len(rows)
 
+    def _step(self, act: Callable[[int], Count], step: int) -> Count:
+        """Do *act* with so many records at once, on a full disk with as few as its journal has room for."""
+        try:
+            return act(step)
+        except OutboxFull:
+            reserve.give_up(self.store)
+            return act(SMALL_STEP)
+
     def give_space_back(self) -> None:
-        """Return a step of free pages to the file system."""
-        with self.store.write() as connection:
-            connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
+        """Return a step of free pages to the file system, but for those that new events can use on a full disk."""
+        if self.store.free_pages() > KEPT_FREE_BYTES:
+            with self.store.write() as connection:
+                connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
 
     def keep_reserve(self) -> None:
-        """Make the reserve where it is missing and there is room.
-
-        Written twice, so that the journal, which keeps its size, has grown to the same size.
-        """
-        with self.store.read() as connection:
-            found = connection.execute("SELECT 1 FROM reserve").fetchone()
-        if found is not None or self.store.free_space() < 8 * RESERVE_BYTES:
-            return
-        with self.store.write() as connection:
-            connection.execute("INSERT INTO reserve (id, filler) VALUES (1, zeroblob(?))", (RESERVE_BYTES,))
-        with self.store.write() as connection:
-            connection.execute("UPDATE reserve SET filler = randomblob(?)", (RESERVE_BYTES,))
+        """Make the space that recording deliveries needs on a full disk, where it is missing and there is room."""
+        reserve.keep(self.store)
 
     def _settle(self, settlements: list[Settlement], health: Health, here: Destination) -> None:
         with self.store.write() as connection:
             for settlement in settlements:
                 if settlement.outcome.was_sent:
-                    _write(connection, settlement)
-            delivered = [s.at for s in settlements if s.decision.state == "delivered"]
-            if any(s.outcome.is_verdict for s in settlements):
-                connection.execute(BIND, here)
-            connection.execute(UPDATE_DESTINATION, (*health, len(delivered), delivered[-1] if delivered else None))
+                    settling.write(connection, settlement)
+            _write_destination(connection, settlements, health, here)
+
+    def _settle_briefly(self, settlement: Settlement, health: Health, here: Destination) -> bool:
+        # Words make pages split; half of the reserve is for the bare decisions of the rest.
+        words = BRIEF_CHARS if self.store.free_pages() > RESERVE_BYTES // 2 else 0
+        reason = health.reason and bounded(health.reason, BRIEF_CHARS)
+        try:
+            with self.store.write() as connection:
+                if settlement.outcome.was_sent:
+                    settling.write_briefly(connection, settlement, words)
+                _write_destination(connection, [settlement], health._replace(reason=reason), here)
+        except OutboxFull:
+            return False
+        return True
 
 
-def _write(connection: sqlite3.Connection, settlement: Settlement) -> None:
-    record, outcome, decision, at, duration_s = settlement
-    is_settled = decision.state != "pending"
-    named = {
-        "id": record.id,
-        "state": decision.state,
-        "at": at,
-        "settled_at": at if is_settled else None,
-        "held_since": None if is_settled else at,
-        "http_status": outcome.http_status,
-        "server_id": outcome.server_id,
-        "reason": None if decision.state == "delivered" else decision.reason,
-        "code": outcome.code,
-        "rule": outcome.rule,
-        "retry_after": outcome.retry_after,
-        "late": decision.is_late,
-        "detail": decision.detail or None,
-        "unanswered": not outcome.is_answered,
-        **decision.counters._asdict(),
-    }
-    connection.execute(SETTLE, named)
-    connection.execute(
-        INSERT_ATTEMPT,
-        (record.id, at, outcome.reason, outcome.http_status, outcome.detail or None, duration_s),
-    )
-    if record.attempts >= ATTEMPTS_KEPT:
-        connection.execute(TRIM_ATTEMPTS, {"id": record.id, "kept": ATTEMPTS_KEPT})
+def _write_destination(
+    connection: sqlite3.Connection, settlements: list[Settlement], health: Health, here: Destination
+) -> None:
+    delivered = [s.at for s in settlements if s.decision.state == "delivered"]
+    if any(s.outcome.is_verdict for s in settlements):
+        connection.execute(BIND, here)
+    connection.execute(UPDATE_DESTINATION, (*health, len(delivered), delivered[-1] if delivered else None))
 
 
 NEXT_KEY = """
@@ -265,23 +247,6 @@ HEAD_OF = f"""
 COUNT_WAITING = """
     SELECT (SELECT n FROM tally WHERE state = 'pending')
         + (SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1)
-"""
-SETTLE = """
-    UPDATE record SET
-        state = :state, attempts = attempts + 1, unanswered = unanswered + :unanswered,
-        counted = :counted, counted_since = :counted_since, counted_mark = :counted_mark,
-        held_since = CASE WHEN :held_since IS NULL THEN NULL ELSE COALESCE(held_since, :held_since) END,
-        last_attempt_at = :at, settled_at = :settled_at, http_status = :http_status, server_id = :server_id,
-        reason = :reason, code = :code, rule = :rule, retry_after = :retry_after, late = :late, detail = :detail
-    WHERE id = :id AND state = 'pending'
-"""
-INSERT_ATTEMPT = """
-    INSERT INTO attempt (record_id, at, outcome, http_status, detail, duration_s) VALUES (?, ?, ?, ?, ?, ?)
-"""
-TRIM_ATTEMPTS = """
-    DELETE FROM attempt WHERE record_id = :id AND id <= (
-        SELECT id FROM attempt WHERE record_id = :id ORDER BY id DESC LIMIT 1 OFFSET :kept
-    )
 """
 CONDEMN = """
     UPDATE record SET state = 'failed', reason = 'damaged', detail = :detail, settled_at = :now, held_since = NULL

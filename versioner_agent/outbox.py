@@ -27,7 +27,7 @@ from versioner_agent.batches import (
 )
 from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.integrity import digest
-from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, FREE_SPACE_FLOOR, Store
+from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, FREE_SPACE_FLOOR, RESERVE_BYTES, Store
 
 LIVE_STATES = ("pending", "delivered", "exported")
 CLOCK_WARNING = "this host's clock is before the agent's release: events are queued without automatic times"
@@ -185,7 +185,7 @@ class Outbox:
                     f"this outbox delivers to {bound}, the event is meant for {destination}",
                     "use another outbox (--db) for it, or `flush --new-destination` to move this one",
                 )
-        if self.store.free_space() < FREE_SPACE_FLOOR:
+        if self.store.free_space() < FREE_SPACE_FLOOR and self.store.free_pages() < RESERVE_BYTES + FREE_SPACE_FLOOR:
             raise OutboxFull(
                 f"no space left for the outbox {self.store.path}: below {FREE_SPACE_FLOOR // 1024} KiB "
                 "nothing new is queued",

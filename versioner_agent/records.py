@@ -77,20 +77,24 @@ def time_json(seconds: float | None) -> str | None:
     return None if seconds is None else rfc3339(seconds)
 
 
+def digest_of(record: Record, payload: bytes) -> bytes:
+    """Return the digest that *record* must carry with *payload*."""
+    return digest(
+        record.id,
+        record.event_id,
+        record.kind,
+        (record.product_name, record.version, record.environment_name, record.status),
+        (record.invoke_id, record.run_attempt),
+        record.occurrence,
+        record.queued_at,
+        record.origin,
+        payload,
+    )
+
+
 def is_intact(record: Record, payload: bytes) -> bool:
     """Tell whether *record* and *payload* are as they were queued."""
     try:
-        expected = digest(
-            record.id,
-            record.event_id,
-            record.kind,
-            (record.product_name, record.version, record.environment_name, record.status),
-            (record.invoke_id, record.run_attempt),
-            record.occurrence,
-            record.queued_at,
-            record.origin,
-            payload,
-        )
+        return digest_of(record, payload) == record.digest
     except (TypeError, ValueError):  # a column that has become another type
         return False
-    return expected == record.digest

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from versioner_agent.ledger import Health, Settlement
+from versioner_agent.ledger import Health
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import ADVICE
+from versioner_agent.settling import Settlement
 from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)

@@ -147,7 +147,8 @@ def _true_identity(record: Record, payload: bytes) -> dict[str, bytes | None]:
     run = (record.kind, record.invoke_id, record.run_attempt)
     if isinstance(record.content, bytes) and record.identity == events.identity(*run, record.content):
         return {}
-    contents = events.contents_of(record.kind, payload, record.queued_at)
+    # What was delivered on a full disk has no payload any more.
+    contents = events.contents_of(record.kind, payload, record.queued_at) if payload else [record.content]
     known = [c for c in contents if c == record.content or events.identity(*run, c) == record.identity]
     content = (known or contents)[0]
     return {"content": content, "identity": events.identity(*run, content)}

@@ -26,6 +26,9 @@ DEFAULT_BUSY_TIMEOUT_S = 10.0
 PAGE_BYTES = 4096
 #: Below this much free space nothing new is accepted: what is left belongs to recording deliveries (bytes).
 FREE_SPACE_FLOOR = 256 * 1024
+#: What only recording deliveries may use (see `reserve`), and the room that is needed to set it aside (bytes).
+RESERVE_BYTES = 384 * 1024
+ROOM_BYTES = 4 * RESERVE_BYTES
 
 
 _TEXT = partial(str, encoding="utf-8", errors="replace")
@@ -37,6 +40,7 @@ IDENTIFY = """
 _HALF_MADE = (0, 0, 1, 2)
 
 
+FREE_PAGES = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
 #: What our statements never meet on tables as they were made.
 _IMPOSSIBLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG)
 
@@ -132,6 +136,11 @@ class Store:
         found = os.statvfs(os.path.dirname(self.path))
         return found.f_bavail * found.f_frsize
 
+    def free_pages(self) -> int:
+        """Return the bytes inside the file that nothing uses."""
+        with self.read() as connection:
+            return int(connection.execute(FREE_PAGES).fetchone()[0])
+
     def is_remembered(self) -> bool:
         """Tell whether an outbox was made here: then a missing or empty file is damage, not a fresh start."""
         return _size_of(self.path + QUEUE_SUFFIX) > 0
@@ -167,6 +176,7 @@ class Store:
         try:
             # Before any setting is made: a file that is not ours must not be changed.
             # In one transaction, for somebody may be making the tables just now.
+            is_new = False
             connection.execute("BEGIN")
             application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
             is_unmade = pages == 0 and not _size_of(self.path)
@@ -175,12 +185,12 @@ class Store:
                 # Just being made, or by somebody who was killed before the first commit.
                 if not create or self.is_remembered():
                     raise self._missing()
-                self._create(connection)
+                is_new = True
             elif application_id != schema.APPLICATION_ID:
                 if self.is_remembered():
                     raise self.damaged("it does not say that it is an outbox", self._inode)
                 raise self.foreign()
-            if not self.oldest_version <= self.version <= schema.VERSION + 1:
+            if not is_new and not self.oldest_version <= self.version <= schema.VERSION + 1:
                 raise self.unknown_version(self.version)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA journal_mode = PERSIST")
@@ -188,6 +198,8 @@ class Store:
             connection.execute("PRAGMA secure_delete = ON")
             # Damaged text must not make a page of records unreadable; its digest tells.
             connection.text_factory = _TEXT
+            if is_new:
+                self._create(connection)
         except BaseException:
             connection.close()
             raise
@@ -199,14 +211,15 @@ class Store:
         return sqlite3.connect(f"file:{quoted}?mode=rw", uri=True, timeout=self.busy_timeout, isolation_level=None)
 
     def _create(self, connection: sqlite3.Connection) -> None:
-        """Make the tables in one transaction.
+        """Make the tables in one transaction, then the reserve where there is room.
 
         Runs while holding the write queue, so that twenty first enqueues make one outbox.
         """
-        connection.execute("PRAGMA synchronous = FULL")
         make_tables(connection)
         self.version = schema.VERSION
         sync_directory(os.path.dirname(self.path))
+        if self.free_space() >= ROOM_BYTES:
+            make_reserve(connection, journal_too=True)
 
     def _make_directory(self) -> None:
         directory = os.path.dirname(self.path)
@@ -329,6 +342,13 @@ def make_tables(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {schema.VERSION}")
     connection.execute("COMMIT")
+
+
+def make_reserve(connection: sqlite3.Connection, *, journal_too: bool) -> None:
+    """Reserve space, in transactions of its own: the second one's journal grows to the same size, and stays so."""
+    connection.execute("INSERT OR IGNORE INTO reserve (id, filler) VALUES (1, zeroblob(?))", (RESERVE_BYTES,))
+    if journal_too:
+        connection.execute("UPDATE reserve SET filler = randomblob(?)", (RESERVE_BYTES,))
 
 
 def _size_of(path: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sqlite3
 from collections import Counter
@@ -12,7 +11,6 @@ import pytest
 
 from versioner_agent import ledger as ledger_module
 from versioner_agent import review
-from versioner_agent.errors import OutboxFull
 from versioner_agent.ledger import Health, Ledger, Settlement
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome, no_answer, no_key
@@ -216,38 +214,6 @@ def test_first_verdict_binds_the_outbox(outbox, ledger):
     assert ledger.destination() == (Destination(None, None), Health(), 1)
     settle(ledger, 3, DELIVERED, here=Destination("https://other", "umbrella"))
     assert ledger.destination()[0] == Destination("https://other", "umbrella")
-
-
-def test_reserve_is_made_once_and_the_journal_is_as_large(outbox, ledger):
-    ledger.keep_reserve()
-    ledger.keep_reserve()
-
-    with ledger.store.read() as connection:
-        assert connection.execute("SELECT length(filler) FROM reserve").fetchall() == [(ledger_module.RESERVE_BYTES,)]
-    assert os.stat(ledger.store.path + "-journal").st_size >= ledger_module.RESERVE_BYTES
-
-
-def test_reserve_waits_for_room(outbox, ledger, monkeypatch):
-    monkeypatch.setattr(ledger.store, "free_space", lambda: 8 * ledger_module.RESERVE_BYTES - 1)
-    ledger.keep_reserve()
-
-    with ledger.store.read() as connection:
-        assert connection.execute("SELECT * FROM reserve").fetchall() == []
-
-
-def test_deliveries_are_recorded_on_a_full_disk(outbox, ledger):
-    """The reserve makes room for decisions and attempts; queuing is refused all the while."""
-    ids = queue(outbox, *(f"p{n}" for n in range(40)))
-    ledger.keep_reserve()
-    with ledger.store.read() as connection:
-        ((pages,),) = connection.execute("PRAGMA page_count").fetchall()
-        connection.execute(f"PRAGMA max_page_count = {pages}").fetchall()
-    with pytest.raises(OutboxFull):
-        outbox.enqueue("build", {"product_name": "x", "version": "1", "status": "ok", "build_url": "u" * 200_000})
-    for record_id in ids:
-        settle(ledger, record_id, CONFLICT._replace(detail="w" * 2000))
-
-    assert review.stats(ledger.store).counts["failed"] == 40
 
 
 def test_prune_removes_old_delivered_and_discarded_in_steps(outbox, ledger, monkeypatch):

@@ -84,7 +84,7 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
         raise UsageError(f"there is no record {record_id}", "`versioner-agent list` shows what there is")
     record, payload, attempts = found
     try:
-        body = json.loads(payload)
+        body = json.loads(payload) if payload else None  # let go when it was delivered on a full disk
     except (ValueError, RecursionError):
         body = payload.decode("utf-8", "replace")  # a damaged record is shown as what it is
     if as_json:

@@ -1,0 +1,144 @@
+"""Space for recording deliveries: when it is made, and what is written where it is all there is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from versioner_agent import Outbox, reserve, review
+from versioner_agent.errors import OutboxFull
+from versioner_agent.ledger import BRIEF_CHARS, Health, Ledger
+from versioner_agent.outbox import Destination
+from versioner_agent.outcomes import Outcome
+from versioner_agent.policy import Counters, Decision
+from versioner_agent.records import is_intact
+from versioner_agent.settling import Settlement
+from versioner_agent.storage import RESERVE_BYTES, ROOM_BYTES, Store
+
+HERE = Destination("https://api.example", "acme")
+DELIVERED = Outcome("delivered", "", http_status=200, server_id="evt-" + "0" * 36)
+CONFLICT = Outcome("conflict", "w" * 2000, http_status=409)
+SILENCE = Outcome("no_answer", "r" * 2000)
+STATES = {"delivered": "delivered", "conflict": "failed", "no_answer": "pending"}
+
+
+@pytest.fixture
+def full(outbox, monkeypatch):
+    """A ledger over forty records whose file can grow no more, and whose journal is as large as it is."""
+    for number in range(40):
+        outbox.enqueue("build", {"product_name": f"p{number}", "version": "1", "status": "ok", "invoke_id": "7"})
+    monkeypatch.setattr(Store, "free_space", lambda _: 0)
+    ((pages,),) = run(outbox.store, "PRAGMA page_count")
+    run(outbox.store, f"PRAGMA max_page_count = {pages}")
+    return Ledger(outbox.store)
+
+
+def run(store, statement):
+    with store.read() as connection:
+        return connection.execute(statement).fetchall()
+
+
+def settle(ledger, record_id, outcome):
+    record = review.show(ledger.store, record_id)[0]
+    decision = Decision(STATES[outcome.reason], outcome.reason, outcome.detail, Counters())
+    return ledger.settle([Settlement(record, outcome, decision, 1.8e9, 0.25)], Health("up", "r" * 2000), HERE)
+
+
+def reserved(store):
+    return run(store, "SELECT length(filler) FROM reserve")
+
+
+def journal_bytes(store):
+    return os.stat(store.path + "-journal").st_size
+
+
+def test_the_first_enqueue_makes_it_and_a_journal_of_its_size(outbox):
+    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "ok"})
+
+    assert reserved(outbox.store) == [(RESERVE_BYTES,)]
+    assert journal_bytes(outbox.store) >= RESERVE_BYTES
+
+
+def test_it_is_not_made_where_there_is_hardly_room_for_events(outbox, monkeypatch):
+    monkeypatch.setattr(Store, "free_space", lambda _: ROOM_BYTES - 1)
+    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "ok"})
+    reserve.keep(outbox.store)
+    assert reserved(outbox.store) == []
+
+    monkeypatch.setattr(Store, "free_space", lambda _: ROOM_BYTES)
+    reserve.keep(outbox.store)
+    assert reserved(outbox.store) == [(RESERVE_BYTES,)]
+
+
+def test_a_journal_that_somebody_removed_is_grown_again(outbox):
+    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "ok"})
+    outbox.close()
+    os.remove(outbox.store.path + "-journal")
+
+    reserve.keep(outbox.store)
+
+    assert journal_bytes(outbox.store) >= RESERVE_BYTES
+
+
+@pytest.mark.parametrize("outcome", [DELIVERED, CONFLICT, SILENCE], ids=lambda outcome: outcome.reason)
+def test_every_decision_is_recorded_on_a_full_disk(full, outcome):
+    assert [settle(full, record_id, outcome) for record_id in range(1, 41)] == [[]] * 40
+
+    assert review.stats(full.store).counts[STATES[outcome.reason]] == 40
+    assert reserved(full.store) == []
+    assert run(full.store, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_queuing_is_refused_all_the_while(full):
+    with Outbox(full.store.path) as outbox, pytest.raises(OutboxFull, match="nothing new is queued"):
+        outbox.enqueue("build", {"product_name": "x", "version": "1", "status": "ok"})
+
+    assert reserved(full.store) == [(RESERVE_BYTES,)]
+
+
+def test_what_is_delivered_on_a_full_disk_keeps_all_but_its_payload(full, monkeypatch):
+    reserve.give_up(full.store)
+    before, _, _ = review.show(full.store, 1)
+    settle(full, 1, DELIVERED)
+
+    record, payload, attempts = review.show(full.store, 1)
+    changed = {"state", "attempts", "last_attempt_at", "settled_at", "http_status", "server_id", "digest"}
+    assert {name for name in record._fields if getattr(record, name) != getattr(before, name)} == changed
+    assert (payload, attempts) == (b"", [])
+    assert is_intact(record, payload)
+    monkeypatch.setattr(Store, "free_space", lambda _: ROOM_BYTES)
+    with Outbox(full.store.path) as outbox:
+        again = outbox.enqueue("build", {"product_name": "p0", "version": "1", "status": "ok", "invoke_id": "7"})
+        assert (again.outcome, again.id) == ("duplicate", 1)
+
+
+def test_what_is_refused_on_a_full_disk_keeps_its_payload_and_the_first_words(full):
+    reserve.give_up(full.store)
+    settle(full, 1, CONFLICT)
+
+    record, payload, _ = review.show(full.store, 1)
+    assert record.detail == "w" * (BRIEF_CHARS - 1) + "…"
+    assert is_intact(record, payload)
+    assert payload
+
+
+def test_what_there_is_no_room_for_is_returned(full, monkeypatch):
+    def no_room(*_):
+        raise OutboxFull("no room")
+
+    reserve.give_up(full.store)
+    monkeypatch.setattr("versioner_agent.settling.write_briefly", no_room)
+
+    assert [settlement.record.id for settlement in settle(full, 1, CONFLICT)] == [1]
+    assert review.show(full.store, 1)[0].state == "pending"
+
+
+def test_room_that_deliveries_leave_is_used_by_new_events(full):
+    """Rows that were let go are packed together, and their pages become free."""
+    reserve.give_up(full.store)
+    free = full.store.free_pages()
+    for record_id in range(1, 41):
+        settle(full, record_id, DELIVERED)
+
+    assert full.store.free_pages() > free

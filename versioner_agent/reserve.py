@@ -1,0 +1,58 @@
+"""Space that only recording deliveries may use: a row inside the file, and a journal grown to the same size.
+
+A full disk must not keep a delivery from being recorded, or it would be repeated for ever. Both lie inside the outbox's
+own files, so that no neighbour can eat them. It takes the pages of the largest event, which a settlement may have to
+write again, and some for the indexes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from versioner_agent.storage import RESERVE_BYTES, ROOM_BYTES, Store, make_reserve
+
+
+def keep(store: Store) -> None:
+    """Make the reserve where it or its journal is missing and there is room, in the file or beside it."""
+    has_journal = _journal_bytes(store) >= RESERVE_BYTES
+    if has_journal and _is_there(store):
+        return
+    if store.free_space() >= ROOM_BYTES or (has_journal and store.free_pages() >= 2 * RESERVE_BYTES):
+        with store.turn(), store.read() as connection:
+            make_reserve(connection, journal_too=not has_journal)
+
+
+def is_short(store: Store) -> bool:
+    """Tell whether the reserve has been given up and there is no room for another one."""
+    return not _is_there(store) and store.free_space() < ROOM_BYTES
+
+
+def give_up(store: Store) -> None:
+    """Turn the reserve into free pages."""
+    with store.write() as connection, wiping_less(connection):
+        connection.execute("DELETE FROM reserve")
+
+
+@contextmanager
+def wiping_less(connection: sqlite3.Connection) -> Iterator[None]:
+    """Leave pages that become free as they are for the block: wiping them would need room in the journal."""
+    connection.execute("PRAGMA secure_delete = FAST").fetchall()
+    try:
+        yield
+    finally:
+        connection.execute("PRAGMA secure_delete = ON").fetchall()
+
+
+def _is_there(store: Store) -> bool:
+    with store.read() as connection:
+        return connection.execute("SELECT 1 FROM reserve").fetchone() is not None
+
+
+def _journal_bytes(store: Store) -> int:
+    try:
+        return os.stat(store.path + "-journal").st_size
+    except FileNotFoundError:
+        return 0
