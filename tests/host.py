@@ -77,18 +77,20 @@ class Host:
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def start(self, *args, **env):
-        """Start a command in the background; what it says goes to a file."""
+    def start(self, *args, before=(), **env):
+        """Start a command in the background, through the command *before*; what it says goes to a file."""
         log = self.directory / f"process-{len(self._processes)}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen((*COMMAND, *args), stdout=file, stderr=file, env={**self.env, **env})
+            process = subprocess.Popen(
+                (*before, *COMMAND, *args), stdout=file, stderr=file, env={**self.env, **env}, start_new_session=True
+            )
         process.log = log
         self._processes.append(process)
         return process
 
-    def agent(self, *args, **env):
+    def agent(self, *args, **how):
         """Start an agent and wait until it delivers."""
-        process = self.start("run", *args, **env)
+        process = self.start("run", *args, **how)
         eventually(lambda: "delivers from" in process.log.read_text() or process.poll() is not None)
         assert process.poll() is None, process.log.read_text()
         return process
@@ -121,8 +123,8 @@ class Host:
 
     def close(self):
         for process in self._processes:
-            if process.poll() is None:
-                process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
         self._outbox.close()
 

@@ -6,10 +6,13 @@ it or the flusher, hands it over in steps.
 
 from __future__ import annotations
 
+import sqlite3
+
 from versioner_agent.storage import Store
 
 #: Events that one transaction takes at most: it holds the write queue for well under 100 ms.
 CHUNK = 500
+CHUNK_BYTES = 1024 * 1024  # of payloads, likewise; a single one may be a quarter of it
 
 INSERT_BATCH = "INSERT INTO batch (kind, created_at) VALUES (?, ?)"
 COUNT_BATCH = "UPDATE batch SET waiting = ? WHERE id = ?"
@@ -23,8 +26,9 @@ HAND_OVER = """
 COUNT_HANDED_OVER = "UPDATE batch SET waiting = waiting - ? WHERE id = ?"
 DELETE_BATCH = "DELETE FROM batch WHERE id = ?"
 SELECT_UNPUBLISHED = "SELECT 1 FROM batch WHERE id = ? AND published = 0"
+SIZES = "SELECT length(payload) FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT ?"
 DROP_STAGED = """
-    DELETE FROM record WHERE id IN (SELECT id FROM record WHERE batch = ? AND state = 'staged' LIMIT ?)
+    DELETE FROM record WHERE id IN (SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT ?)
 """
 
 
@@ -35,9 +39,10 @@ def hand_over_batch(store: Store, step: int = CHUNK) -> bool:
     if not found:
         return False
     with store.write() as connection:
-        handed_over = connection.execute(HAND_OVER, (found[0][0], step)).rowcount
+        count = _fitting(connection, found[0][0], step)
+        handed_over = connection.execute(HAND_OVER, (found[0][0], count)).rowcount
         connection.execute(COUNT_HANDED_OVER, (handed_over, found[0][0]))
-        if handed_over < step:
+        if not count:
             connection.execute(DELETE_BATCH, found[0])
     return True
 
@@ -47,6 +52,17 @@ def drop_staged(store: Store, batch: int | None, step: int = CHUNK) -> bool:
     with store.write() as connection:
         if connection.execute(SELECT_UNPUBLISHED, (batch,)).fetchone() is None:
             return False
-        if connection.execute(DROP_STAGED, (batch, step)).rowcount < step:
+        if not connection.execute(DROP_STAGED, (batch, _fitting(connection, batch, step))).rowcount:
             connection.execute(DELETE_BATCH, (batch,))
     return True
+
+
+def _fitting(connection: sqlite3.Connection, batch: int | None, step: int) -> int:
+    """Return how many of the next *step* records of *batch* one transaction takes: large ones are written slowly."""
+    count = size = 0
+    for (length,) in connection.execute(SIZES, (batch, step)).fetchall():
+        size += length
+        if count and size > CHUNK_BYTES:
+            break
+        count += 1
+    return count

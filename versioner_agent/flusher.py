@@ -159,6 +159,7 @@ class Flusher:
         """Wait up to *grace_s* for requests under way and settle them; returns how many remain unanswered."""
         end = time.monotonic() + grace_s
         self._ledger.store.busy_timeout = min(self._ledger.store.busy_timeout, grace_s)
+        self._ledger.store.patience = 1
         is_told = False
         while self._busy and time.monotonic() < end:
             self._take(min(POLL_S, max(0.0, end - time.monotonic())))

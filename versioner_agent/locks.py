@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -69,8 +70,14 @@ class WriteQueue:
         self._path = path
         self._fd: int | None = None
 
-    def acquire(self, timeout: float) -> bool:
-        """Wait up to *timeout* seconds for our turn; raises OSError where the file can't be opened."""
+    def acquire(
+        self, timeout: float, *, most: float | None = None, progress: Callable[[], object] = lambda: None
+    ) -> bool:
+        """Wait for our turn, up to *timeout* seconds without a change of *progress*, and up to *most* in all.
+
+        Fifty writers on a slow disk take longer than anybody should wait for one that hangs. Raises OSError where the
+        file can't be opened.
+        """
         import fcntl  # noqa: PLC0415  # POSIX only
 
         while True:
@@ -79,7 +86,7 @@ class WriteQueue:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not self._wait(timeout):
+                if not self._wait(timeout, timeout if most is None else most, progress):
                     return False
             if os.fstat(self._fd).st_nlink:
                 return True
@@ -105,10 +112,11 @@ class WriteQueue:
             os.close(self._fd)
             self._fd = None
 
-    def _wait(self, timeout: float) -> bool:
+    def _wait(self, timeout: float, most: float, progress: Callable[[], object]) -> bool:
         """Block in the kernel's own queue, in a thread, for flock(2) has no timeout."""
         import fcntl  # noqa: PLC0415
         import threading  # noqa: PLC0415
+        import time  # noqa: PLC0415
 
         fd = self._fd
         assert fd is not None  # acquire opened it
@@ -125,7 +133,12 @@ class WriteQueue:
 
         threading.Thread(target=block, daemon=True).start()
         try:
-            done.wait(timeout)
+            end = time.monotonic() + most
+            seen = progress()
+            while not done.wait(min(timeout, max(0.0, end - time.monotonic()))):
+                before, seen = seen, progress()
+                if seen == before or time.monotonic() >= end:
+                    break
         finally:
             with guard:
                 if not done.is_set():

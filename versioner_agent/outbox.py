@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 from versioner_agent import events
 from versioner_agent.batches import (
     CHUNK,
+    CHUNK_BYTES,
     COUNT_BATCH,
     INSERT_BATCH,
     PUBLISH_BATCH,
@@ -122,7 +123,7 @@ class Outbox:
         """
         now = time.time()
         ready = [self._prepare(event, now, run_attempt) for event in valid]
-        chunks = [ready[start : start + CHUNK] for start in range(0, len(ready), CHUNK)]
+        chunks = _chunks(ready)
         if not chunks:
             return []
         context = _Context(now, run_attempt, new, None)
@@ -256,6 +257,19 @@ class Outbox:
             record_id, ready.event_id, state, kind, *names, *run, ready.content, ready.identity, occurrence,
             context.now, self._queued_by, context.batch, signed, ready.payload,
         )  # fmt: skip
+
+
+def _chunks(ready: list[_Ready]) -> list[list[_Ready]]:
+    """Split what is too much for one transaction."""
+    chunks: list[list[_Ready]] = []
+    size = 0
+    for each in ready:
+        size += len(each.payload)
+        if not chunks or len(chunks[-1]) == CHUNK or size > CHUNK_BYTES:
+            chunks.append([])
+            size = len(each.payload)
+        chunks[-1].append(each)
+    return chunks
 
 
 class _Context(NamedTuple):

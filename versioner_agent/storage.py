@@ -22,6 +22,7 @@ from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, Outbo
 from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue, open_beside
 
 DEFAULT_BUSY_TIMEOUT_S = 10.0
+PATIENCE = 3
 #: Fixed, so that what is left of a damaged file can be read without its header (bytes).
 PAGE_BYTES = 4096
 #: Below this much free space nothing new is accepted: what is left belongs to recording deliveries (bytes).
@@ -57,6 +58,8 @@ class Store:
         self._given = os.path.abspath(os.fspath(path))
         self.path = os.path.realpath(self._given)
         self.busy_timeout = busy_timeout
+        #: So many times `busy_timeout` is waited where the writers before us get on.
+        self.patience = PATIENCE
         self._queue = WriteQueue(self.path + QUEUE_SUFFIX)
         #: The schema of the file that is open, and the oldest that may be.
         self.version = schema.VERSION
@@ -73,7 +76,7 @@ class Store:
         with self.translated():
             if create:
                 self._make_directory()
-            elif not os.path.exists(self.path):
+            elif inode_of(self.path) is None:
                 raise self._missing()
             if not self.is_remembered() and _size_of(self.path):
                 with suppress(OutboxMissing):
@@ -92,7 +95,8 @@ class Store:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the write queue for the block: nobody else writes meanwhile. Raises OutboxBusy, OSError."""
-        if not self._queue.acquire(self.busy_timeout):
+        most = self.busy_timeout * self.patience
+        if not self._queue.acquire(self.busy_timeout, most=most, progress=self._last_change):
             raise OutboxBusy(
                 f"other writers kept the outbox {self.path} busy for {self.busy_timeout:g} s",
                 "try again, or raise --busy-timeout",
@@ -109,7 +113,7 @@ class Store:
         Raises OutboxMissing, OutboxBusy, OutboxError.
         """
         with self.translated():
-            if not os.path.exists(self.path):
+            if inode_of(self.path) is None:
                 raise self._missing()
             yield self._connected(create=False)
 
@@ -135,6 +139,12 @@ class Store:
         """Return the bytes that an ordinary user may still write beside the outbox."""
         found = os.statvfs(os.path.dirname(self.path))
         return found.f_bavail * found.f_frsize
+
+    def _last_change(self) -> int | None:
+        try:
+            return os.stat(self.path).st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def free_pages(self) -> int:
         """Return the bytes inside the file that nothing uses."""

@@ -22,6 +22,16 @@ from versioner_agent.locks import WriteQueue
 queue = WriteQueue(sys.argv[1])
 print(queue.acquire(10)); input(); queue.release(); print("released"); input()
 """
+TAKE_QUEUE = """
+import sys
+from versioner_agent.locks import WriteQueue
+seen = []
+def progress():
+    print("looked", flush=True)
+    seen.append(len(seen) < int(sys.argv[2]) and len(seen))
+    return seen[-1]
+print(WriteQueue(sys.argv[1]).acquire(0.05, most=60, progress=progress))
+"""
 NOBODY = Presence(is_delivering=False, has_agent=False, pid=None, agent_pid=None)
 
 
@@ -245,3 +255,37 @@ def test_file_that_is_there_keeps_its_mode(tmp_path):
     os.close(locks.open_beside(str(tmp_path / "file")))
 
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_a_queue_that_moves_is_waited_for_longer(tmp_path, child):
+    """Writers before us that get on are no reason to fail a build; one that hangs is."""
+    holder = child(HOLD_QUEUE, tmp_path / "queue")
+    assert holder.says() == "True"
+    patient, hasty = child(TAKE_QUEUE, tmp_path / "queue", 1000), child(TAKE_QUEUE, tmp_path / "queue", 3)
+
+    assert [hasty.says() for _ in range(6)] == ["looked"] * 5 + ["False"]
+    for _ in range(6):
+        assert patient.says() == "looked"
+    holder.go()
+    assert holder.says() == "released"
+    said = patient.says()
+    while said == "looked":
+        said = patient.says()
+    assert said == "True"
+
+
+def test_a_queue_whose_file_was_removed_is_joined_anew(tmp_path, child):
+    """Who came later queues on another file: both must queue on that."""
+    path = tmp_path / "queue"
+    queue = WriteQueue(str(path))
+    assert queue.acquire(1)
+    queue.release()
+    os.remove(path)
+    holder = child(HOLD_QUEUE, path)
+    assert holder.says() == "True"
+
+    assert not queue.acquire(0.05)
+    holder.go()
+    assert holder.says() == "released"
+    assert queue.acquire(10)
+    queue.close()

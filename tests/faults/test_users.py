@@ -1,0 +1,142 @@
+"""One outbox, many users: nobody can make it unusable for the others, by whatever umask or death."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import signal
+import stat
+import subprocess
+
+import pytest
+from accounts import GROUP, MEMBER, OTHER_MEMBER, OUTSIDER, OWNER, Accounts, why_not
+from crash import needs_strace
+from host import KEY, eventually
+from scripted import accepted
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+#: Who, and with which umask.
+USERS = ((OWNER, 0o022), (OWNER, 0o077), (MEMBER, 0o077), (OTHER_MEMBER, 0o022), ("root", 0o022), ("root", 0o077))
+IDS = [f"{user}-{umask:03o}" for user, umask in USERS]
+ENQUEUE = ("enqueue", "build", "--product", "payments", "--version")
+
+
+@pytest.fixture(scope="module")
+def accounts():
+    made = Accounts()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def path(accounts, request):
+    return accounts.shared_directory(f"share-{abs(hash(request.node.name))}") / "outbox.db"
+
+
+def check_shared(path):
+    """Every file of the outbox is there for the group, whoever made it."""
+    gid = grp.getgrnam(GROUP).gr_gid
+    for name in os.listdir(path.parent):
+        found = os.stat(path.parent / name)
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, gid), name
+
+
+def kill_in_the_middle(accounts, user, umask, path):
+    """Enqueue as *user*, killed while the database is being written: a hot journal is left behind."""
+    # The journal's last sync is the one before the database is written; the first write behind it is the database's.
+    probe = accounts.run(user, path, *ENQUEUE, "probe", umask=umask)
+    assert probe.returncode == 0, probe.stderr
+    tracer = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync")
+    inject = ("-e", "inject=fdatasync:signal=KILL:when=4")
+    done = accounts.run(user, path, *ENQUEUE, "killed", umask=umask, before=(*tracer, *inject))
+    assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), done.stderr
+    journal = path.parent / "outbox.db-journal"
+    assert journal.read_bytes()[:8] == b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # of the file format: it must be rolled back
+
+
+@needs_strace
+@pytest.mark.parametrize("death", ["clean-exit", "sigkill"])
+@pytest.mark.parametrize(("first", "umask"), USERS, ids=IDS)
+def test_nobody_can_make_the_outbox_unwritable_for_the_others(accounts, path, first, umask, death):
+    queued = 1
+    if death == "sigkill":
+        kill_in_the_middle(accounts, first, umask, path)
+    else:
+        assert accounts.run(first, path, *ENQUEUE, "first", umask=umask).returncode == 0
+    for number, (user, other_umask) in enumerate(USERS):
+        done = accounts.run(user, path, *ENQUEUE, str(number), umask=other_umask)
+        assert done.returncode == 0, (user, done.stderr)
+        queued += 1
+    listed = accounts.run(MEMBER, path, "list", "--json")
+
+    check_shared(path)
+    records = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert len(records) == queued
+    assert len({record["queued_by"] for record in records}) == 4
+
+
+def test_an_outsider_gets_the_group_to_ask_for(accounts, path):
+    assert accounts.run(OWNER, path, *ENQUEUE, "1").returncode == 0
+    for command in ((*ENQUEUE, "2"), ("list",), ("status",), ("flush",), ("run",), ("doctor",), ("retry", "1")):
+        done = accounts.run(OUTSIDER, path, *command, VERSIONER_API_KEY=KEY)
+
+        assert done.returncode == 1, command
+        said = (done.stdout + done.stderr).decode()
+        assert f"ask for membership in the group {GROUP}, which shares {path.parent}" in said, command
+        assert len(said.splitlines()) <= 2
+        assert "Traceback" not in said
+
+
+def test_an_outbox_in_a_home_is_private(accounts):
+    home = accounts.home(MEMBER)
+    path = home / "state" / "outbox.db"
+    assert accounts.run(MEMBER, path, *ENQUEUE, "1", umask=0).returncode == 0
+
+    assert stat.S_IMODE(os.stat(path.parent).st_mode) == 0o700
+    modes = {name: stat.S_IMODE(os.stat(path.parent / name).st_mode) for name in os.listdir(path.parent)}
+    assert modes == dict.fromkeys(("outbox.db", "outbox.db-journal", "outbox.db.queue"), 0o600)
+    assert accounts.run(OTHER_MEMBER, path, *ENQUEUE, "2").returncode == 1
+
+
+def test_what_root_makes_in_a_home_belongs_to_its_user(accounts):
+    path = accounts.home(MEMBER) / "outbox.db"
+    assert accounts.run("root", path, *ENQUEUE, "1").returncode == 0
+    done = accounts.run(MEMBER, path, *ENQUEUE, "2")
+
+    assert done.returncode == 0, done.stderr
+    assert {os.stat(path.parent / name).st_uid for name in os.listdir(path.parent)} == {os.stat(path.parent).st_uid}
+
+
+@needs_strace
+def test_who_mends_damage_keeps_the_outbox_for_all(accounts, path):
+    assert accounts.run(OWNER, path, *ENQUEUE, "1").returncode == 0
+    for number, (user, umask) in enumerate(USERS):
+        with open(path, "r+b") as file:
+            file.write(b"garbage")
+        done = accounts.run(user, path, *ENQUEUE, str(number), umask=umask)
+        assert done.returncode == 0, done.stderr
+        for other, other_umask in USERS:
+            assert accounts.run(other, path, "status", umask=other_umask).returncode == 0
+
+    check_shared(path)
+
+
+def test_the_owners_agent_delivers_what_members_queue(accounts, path, serve):
+    server = serve(lambda seen: accepted(f"evt-{seen.key}"))
+    env = accounts.env(path, VERSIONER_API_URL=server.url, VERSIONER_API_KEY=KEY)
+    agent = subprocess.Popen(accounts.command("run"), env=env, stderr=subprocess.DEVNULL, **accounts.who(OWNER, 0o077))
+    try:
+        for number, (user, umask) in enumerate(USERS):
+            assert accounts.run(user, path, *ENQUEUE, str(number), umask=umask).returncode == 0
+        server.wait_for(len(USERS))
+        eventually(lambda: b"pending      0" in accounts.run(MEMBER, path, "status").stdout)
+        flush = accounts.run(MEMBER, path, "flush", VERSIONER_API_URL=server.url, VERSIONER_API_KEY="sk_acme_k9_mine")
+    finally:
+        agent.terminate()
+        agent.wait(30)
+
+    assert flush.returncode == 0
+    assert {seen.headers["authorization"] for seen in server.requests} == {f"Bearer {KEY}"}
+    check_shared(path)
