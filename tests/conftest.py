@@ -12,6 +12,7 @@ import pytest
 
 sys.path.append(os.path.dirname(__file__))  # the modules beside this one, for tests in every folder
 
+from bench import Bench
 from host import Child, Host, free_port  # found by the line above
 from scripted import ScriptedServer
 
@@ -126,3 +127,16 @@ def umask():
     os.umask(old)
     yield os.umask
     os.umask(old)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    made = []
+
+    def make(**options):
+        made.append(Bench(tmp_path / f"outbox-{len(made)}.db", **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()

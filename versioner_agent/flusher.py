@@ -310,6 +310,10 @@ class Flusher:
 
     def _judge(self, answer: _Answer, now: float) -> Settlement:
         record, outcome, at, duration_s = answer
+        if outcome.server_time is not None:
+            self._server_skew_s = at - outcome.server_time
+            if outcome.is_verdict and abs(self._server_skew_s) > MAX_CLOCK_SKEW_S:
+                at = outcome.server_time  # or it would be pruned at once, or never, when the clock is right again
         decision = decide(
             outcome,
             Counters(record.counted, record.counted_since, record.counted_mark),
@@ -318,11 +322,10 @@ class Flusher:
             deliveries=self._deliveries,
             had_unanswered=record.unanswered > 0,
             now=at,
+            last_attempt_at=record.last_attempt_at,
         )
         if decision.state == "delivered":
             self._deliveries += 1
-        if outcome.server_time is not None:
-            self._server_skew_s = at - outcome.server_time
         if outcome.is_verdict:
             self._has_verdict = True
             if self._pace.is_open:

@@ -15,6 +15,7 @@ from versioner_agent.outcomes import Outcome
 BASE_S = 1.0
 MAX_TRACKED_KEYS = 1000
 LATE_AFTER_S = 600.0
+MAX_GAP_S = 600.0  # between two tries of an event, as it counts towards giving it up
 OPEN_AFTER = 3  # failures in a row
 _MAX_EXPONENT = 30  # 2**30 s is past every cap; more would only overflow
 
@@ -53,8 +54,9 @@ def decide(  # everything it may know, and nothing else
     deliveries: int,
     had_unanswered: bool,
     now: float,
+    last_attempt_at: float | None = None,
 ) -> Decision:
-    """Return the decision for a record; *queued_at* and *now* are seconds since 1970.
+    """Return the decision for a record; *queued_at*, *last_attempt_at* and *now* are seconds since 1970.
 
     *deliveries* counts what this outbox delivered so far; *had_unanswered* says that an earlier attempt of the record
     got no answer.
@@ -67,7 +69,7 @@ def decide(  # everything it may know, and nothing else
             detail += " (an earlier attempt got no answer: this may be the echo of our own request)"
         is_late = outcome.reason == "blocked" and now - queued_at > LATE_AFTER_S
         return Decision("failed", outcome.reason, detail, counters, is_late)
-    counters = _count(outcome, counters, deliveries, now)
+    counters = _count(outcome, _without_steps(counters, last_attempt_at, now), deliveries, now)
     since = counters.counted_since
     if (
         outcome.counts
@@ -203,6 +205,14 @@ class Pace:
         self._tried[key] = None
         if len(self._tried) > MAX_TRACKED_KEYS:
             del self._tried[next(iter(self._tried))]
+
+
+def _without_steps(counters: Counters, last_attempt_at: float | None, now: float) -> Counters:
+    """Move the start of the span along with a step of the wall clock, and with the time when nobody tried."""
+    if counters.counted_since is None or last_attempt_at is None:
+        return counters
+    gap = now - last_attempt_at
+    return counters._replace(counted_since=counters.counted_since + gap - min(max(gap, 0.0), MAX_GAP_S))
 
 
 def _count(outcome: Outcome, counters: Counters, deliveries: int, now: float) -> Counters:

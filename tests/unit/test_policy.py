@@ -123,6 +123,32 @@ def test_an_outage_never_gives_up():
     assert counters.counted == 1
 
 
+YEAR = 365 * 86_400
+
+
+@pytest.mark.parametrize("step", [3600, -3600, YEAR, -YEAR, -NOW], ids=str)
+def test_a_step_of_the_clock_neither_gives_up_early_nor_keeps_from_giving_up(step):
+    """Tries a minute apart, the clock stepped after the tenth: the span is that of the tries."""
+    counters, now, last = Counters(), NOW, None
+    number = 0
+    while (decision := decide(COUNTING, counters, deliveries=number, now=now, last_attempt_at=last)).state == "pending":
+        number += 1
+        counters, last = decision.counters, now
+        now += 60 + (step if number == 10 else 0)
+
+    assert decision.reason == "gave_up"
+    assert 50 <= number <= 61
+
+
+def test_a_pause_of_days_does_not_count_towards_giving_up():
+    counters = Counters(19, NOW - 1000, 5)
+
+    decision = decide(COUNTING, counters, deliveries=6, now=NOW + YEAR, last_attempt_at=NOW)
+
+    assert decision.state == "pending"
+    assert decision.counters.counted == 20
+
+
 def test_limits_are_settings():
     assert decide(COUNTING, None, Limits(1, 0.0)).state == "failed"
 
