@@ -109,7 +109,7 @@ class ScriptedServer:
     A script may wait for something: its request counts as under way meanwhile.
     """
 
-    def __init__(self, script=lambda _: accepted(), *, tls=None):
+    def __init__(self, script=lambda _: accepted(), *, tls=None, port=0):
         self.script = script
         self.requests = []
         self.most_under_way = 0
@@ -120,7 +120,7 @@ class ScriptedServer:
         self._connections = set()
         self._threads = []
         self._listener = None
-        self.port = 0
+        self.port = port
         self.start()
 
     @property
@@ -199,7 +199,7 @@ class ScriptedServer:
 
     def _answer_one(self, connection, stream):
         line = stream.readline().decode("latin-1").split()
-        if not line:
+        if len(line) < 2:  # the client left, or speaks something else
             return False
         headers = {}
         while (header := stream.readline().decode("latin-1").strip()) != "":

@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -89,13 +90,14 @@ class Sender:
 
     def _post(self, kind: str, payload: bytes, headers: dict[str, str], key: str) -> Outcome:
         with self._client.stream("POST", self._urls[kind], content=payload, headers=headers) as response:
-            body = bytearray()
-            for chunk in response.iter_raw():
-                body += chunk
-                if len(body) > MAX_ANSWER_BYTES:
-                    return no_answer(f"HTTP {response.status_code} with an answer of over {MAX_ANSWER_BYTES} bytes")
-            text = bytes(body).replace(key.encode(), b"***")
-            return _without(key, classify(response.status_code, dict(response.headers), text, time.time()))
+            status, named = response.status_code, dict(response.headers)
+            try:
+                body = _read(response.iter_raw(), named.get("content-encoding", ""))
+            except zlib.error:
+                return no_answer(f"HTTP {status} with a body that is not {named.get('content-encoding')}, as it says")
+            if body is None:
+                return no_answer(f"HTTP {status} with an answer of over {MAX_ANSWER_BYTES} bytes")
+            return _without(key, classify(status, named, body.replace(key.encode(), b"***"), time.time()))
 
     def _failure(self, exc: Exception, key: str) -> Outcome:
         url = urlsplit(self._target.api_url)
@@ -208,6 +210,7 @@ class _DeadlineStream(httpcore.NetworkStream):
         return self._stream.get_extra_info(info)
 
 
+_COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
 #: What failed, in words, by httpcore's class.
 _WHAT: dict[type[Exception], str] = {
     httpcore.ConnectError: "can't connect",
@@ -217,6 +220,23 @@ _WHAT: dict[type[Exception], str] = {
     httpcore.LocalProtocolError: "the request can't be written as HTTP",
     httpcore.UnsupportedProtocol: "unsupported URL",
 }
+
+
+def _read(chunks: Iterable[bytes], encoding: str) -> bytes | None:
+    """Return a body of up to MAX_ANSWER_BYTES as it came and as it is decoded, None for a larger one.
+
+    We ask for no encoding, but something on the way may compress all the same. Raises zlib.error.
+    """
+    # 32 + the largest window: a gzip or zlib header tells which it is (zlib manual, inflateInit2).
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding.strip().lower() in _COMPRESSED else None
+    body = bytearray()
+    received = 0
+    for chunk in chunks:
+        received += len(chunk)
+        body += decoder.decompress(chunk, MAX_ANSWER_BYTES + 1) if decoder else chunk
+        if max(received, len(body)) > MAX_ANSWER_BYTES:
+            return None
+    return bytes(body)
 
 
 def _without(key: str, outcome: Outcome) -> Outcome:
