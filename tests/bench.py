@@ -87,13 +87,14 @@ class Bench:
         self.flusher.step(self.now)
         return self.wire.under_way(len(self.flusher._busy) - len(self.flusher._arrived) - self._unwritten())
 
-    def answer(self, *replies, after=0.0):
-        """Give answers, (product, outcome) each, settle them in that order, and step."""
+    def answer(self, *replies, after=0.0, took=0.0):
+        """Give answers, (product, outcome) each, settle them in that order as if they *took* so long, and step."""
         for product, outcome in replies:
             arrived = len(self.flusher._arrived)
             self.wire.reply(product, outcome)
             while len(self.flusher._arrived) == arrived:
                 self.flusher._take(PATIENCE_S)
+            self.flusher._arrived[-1] = self.flusher._arrived[-1]._replace(duration_s=took)
         return self.step(after)
 
     def answer_all(self, outcome, after=0.0):

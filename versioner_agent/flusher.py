@@ -333,7 +333,7 @@ class Flusher:
             self._pace.verdict(record.product_name)
         elif decision.state == "failed":
             self._pace.forget(record.product_name)
-        elif self._pace.failed(record.product_name, outcome, now, self._roll()):
+        elif self._pace.failed(record.product_name, outcome, now, self._roll(), duration_s):
             self._chooser.look_again()
         return Settlement(record, outcome, decision, at, duration_s)
 

@@ -153,8 +153,12 @@ class Pace:
         waiting = [delay.due for delay in self._delays.values() if delay.due > now]
         return min(waiting, default=None)
 
-    def failed(self, key: str, outcome: Outcome, now: float, roll: float) -> bool:
-        """Take a failure that says nothing final about the event; True if another key had to be forgotten for it."""
+    def failed(self, key: str, outcome: Outcome, now: float, roll: float, took: float = 0.0) -> bool:
+        """Take a failure that says nothing final about the event; True if another key had to be forgotten for it.
+
+        *took* is what the attempt lasted, in seconds: it is part of the interval between probes, so that an event that
+        makes the API hang does not keep others waiting for longer than `max_backoff`.
+        """
         wait = outcome.wait_s or 0.0
         if outcome.reason == "rate_limited" and wait:
             self.paused_until = max(self.paused_until, now + wait)
@@ -172,7 +176,8 @@ class Pace:
             self._tried = {name: None for name, _ in self._streak}
         if self.is_open:
             self._mark_tried(key)
-            self._probe_due = now + max(backoff_s(self._open_failures, roll, self.max_backoff), wait)
+            pause = backoff_s(self._open_failures, roll, self.max_backoff) - took
+            self._probe_due = now + max(pause, wait, 0.0)
         return has_forgotten
 
     def verdict(self, key: str) -> None:
