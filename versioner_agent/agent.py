@@ -25,7 +25,6 @@ from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.records import Record
 from versioner_agent.storage import OutboxMissing, Store
-from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class Agent:
                 act()
             except (OutboxFull, OutboxBusy) as exc:
                 if not is_told:
-                    logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+                    logger.error("%s; trying again", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
                     is_told = True
             else:
                 return True
@@ -140,7 +139,7 @@ class Agent:
             bound = binding.check(ledger, binding.configured(settings, self._env))
             fresh, options, here = binding.sending(settings, self._env, account)
         except AgentError as exc:
-            logger.error("reload: %s; the old configuration stays", printable(exc.message))  # noqa: TRY400
+            logger.error("reload: %s; the old configuration stays", exc.message)  # noqa: TRY400
             return sender
         account.name = bound.name  # an outbox with nothing pending may have moved to another one
         flusher.configure(fresh, options, here)
@@ -250,7 +249,7 @@ def _flush_own(
         return rest._replace(refused=refused + rest.refused)
     pending = ledger.pending()
     _, health, _ = ledger.destination()
-    why = f"the API is {health.state}: {printable(health.reason)}" if health.reason and health.state != "up" else ""
+    why = f"the API is {health.state}: {health.reason}" if health.reason and health.state != "up" else ""
     if unanswered and not why:
         why = f"{here.origin} has not answered in time"
     return Drained(refused, pending, why if pending else "")
@@ -281,15 +280,13 @@ class _Interrupted:
 def _open(ledger: Ledger, *, create: bool) -> None:
     mended = ledger.open(create=create)
     if mended is not None:
-        logger.error("the outbox was damaged: %s", printable(str(mended)), extra={"action": "damage"})
+        logger.error("the outbox was damaged: %s", str(mended), extra={"action": "damage"})
 
 
 def _migrate(ledger: Ledger) -> None:
     kept = ledger.migrate()
     if kept is not None:
-        logger.warning(
-            "the outbox was upgraded; the old one is kept as %s", printable(kept), extra={"action": "upgrade"}
-        )
+        logger.warning("the outbox was upgraded; the old one is kept as %s", kept, extra={"action": "upgrade"})
 
 
 @contextmanager

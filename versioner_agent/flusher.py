@@ -26,7 +26,6 @@ from versioner_agent.policy import Counters, Limits, Pace, decide
 from versioner_agent.records import Record, is_intact
 from versioner_agent.reports import log_destination, log_settlement
 from versioner_agent.settling import Settlement
-from versioner_agent.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class Flusher:
             self._mend(exc, now)
         except OutboxError as exc:
             if not self._paused_until:  # once, however long it lasts
-                logger.error("%s; trying again", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+                logger.error("%s; trying again", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
             self._rewrite_at = self._paused_until = now + REWRITE_S
             self._chooser.look_again()  # a key may have been taken up and not sent
         if self._has_batches and not self._paused_until:
@@ -168,7 +167,7 @@ class Flusher:
                     self._settle(time.monotonic())
                 except OutboxError as exc:
                     if not is_told:
-                        logger.error("%s", printable(exc.message), extra={"action": "outbox_error"})  # noqa: TRY400
+                        logger.error("%s", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
                         is_told = True
         for _ in range(self._workers):
             self._work.put(None)
@@ -191,11 +190,11 @@ class Flusher:
         try:
             mended = self._ledger.mend(found)
         except OutboxError as exc:
-            logger.error("%s", printable(exc.message), extra={"action": "damage"})  # noqa: TRY400
+            logger.error("%s", exc.message, extra={"action": "damage"})  # noqa: TRY400
             return
         self._rewrite_at = self._paused_until = 0.0
         if mended is not None:
-            logger.error("the outbox was damaged: %s", printable(str(mended)), extra={"action": "damage"})
+            logger.error("the outbox was damaged: %s", str(mended), extra={"action": "damage"})
 
     # --- waiting and noticing
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 
-from versioner_agent.text import mask_keys
+from versioner_agent.text import json_line, mask_keys, printable
 
 #: Attributes of a LogRecord that our own calls add and JSON lines carry on.
 _EXTRA = ("action", "record", "product", "state", "pid")
@@ -21,9 +20,9 @@ class TextFormatter(logging.Formatter):
         self.converter = time.gmtime
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format with a lower-case level and keys masked."""
+        """Format with a lower-case level, keys masked, and nothing in it that could pass for another line."""
         record.levelname = record.levelname.lower()
-        return mask_keys(super().format(record)).replace("\n", " ")
+        return printable(mask_keys(super().format(record)))
 
 
 class JsonFormatter(logging.Formatter):
@@ -37,7 +36,7 @@ class JsonFormatter(logging.Formatter):
             "message": mask_keys(record.getMessage()),
         }
         line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
-        return json.dumps(line, ensure_ascii=False)
+        return json_line(line)
 
 
 def configure(log_format: str, log_level: str) -> None:

@@ -6,8 +6,11 @@ reverse a row. Pure; values are stored as they came and made harmless only where
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 #: What an API key looks like (`sk_{account}_{id}_{random}`, Event Tracking API documentation, Authentication).
 #: Behind a word it is none (`task_…`), behind an escape of JSON it may be.
@@ -19,15 +22,21 @@ _UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 def printable(value: str) -> str:
     """Return *value* with every character that could steer a terminal or split a line written as an escape."""
+    return _escaped(value, lambda character: character.encode("unicode_escape", "backslashreplace").decode("ascii"))
+
+
+def json_line(value: Any) -> str:
+    """Return *value* as JSON on one line, letters as they are and what could steer a terminal as JSON's escapes."""
+    return _escaped(json.dumps(value, ensure_ascii=False), lambda character: json.dumps(character)[1:-1])
+
+
+def _escaped(value: str, escape: Callable[[str], str]) -> str:
     if value.isascii() and value.isprintable():
         return value
     import unicodedata  # noqa: PLC0415  # rarely needed, and the enqueue path imports this module
 
     return "".join(
-        character
-        if unicodedata.category(character) not in _UNSAFE_CATEGORIES
-        else character.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for character in value
+        escape(character) if unicodedata.category(character) in _UNSAFE_CATEGORIES else character for character in value
     )
 
 

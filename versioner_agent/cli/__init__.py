@@ -130,20 +130,30 @@ def _run() -> int:
         report(exc)
         return exc.exit_code
     except click.ClickException as exc:
-        exc.show()
+        _show(exc)
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
     except OSError as exc:
-        click.echo(f"error: {exc.strerror or exc}", err=True)
+        report(AgentError(exc.strerror or str(exc)))
         return 1
     except Exception as exc:  # noqa: BLE001  # a traceback helps nobody on a build host
-        from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
-
-        click.echo(f"error: internal error: {type(exc).__name__}: {mask_keys(printable(str(exc)))}", err=True)
-        click.echo("hint: please report this with the command that led to it", err=True)
+        words = f"internal error: {type(exc).__name__}: {exc}"
+        report(AgentError(words, "please report this with the command that led to it"))
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _show(exc: click.ClickException) -> None:
+    """Say what is wrong with a call as click does, but for what an argument could do to the terminal."""
+    from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
+
+    context = exc.ctx if isinstance(exc, click.UsageError) else None
+    if context is not None:
+        click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
+    # Where click itself breaks a message (to list choices), the next line begins with a tab.
+    parts = (printable(part) for part in exc.format_message().split("\n\t"))
+    click.echo(mask_keys("Error: " + "\n\t".join(parts)), err=True)
 
 
 def report(exc: AgentError) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import click
 
 from versioner_agent import config
 from versioner_agent.config import Settings
+from versioner_agent.text import json_line, printable
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -46,13 +46,13 @@ def load_settings(options: dict[str, Any]) -> Settings:
     flags = {key: options[key] for key in config.BY_KEY if options.get(key) is not None}
     settings = config.load(flags, os.environ, options.get("config"))
     if options.get("verbose"):
-        click.echo(f"outbox {settings.db} (from {settings.sources['db']})", err=True)
+        click.echo(printable(f"outbox {settings.db} (from {settings.sources['db']})"), err=True)
     return settings
 
 
 def echo_json(value: Any) -> None:
     """Print one JSON object on one line."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(json_line(value))
 
 
 def wants_color() -> bool | None:

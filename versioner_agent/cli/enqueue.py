@@ -215,7 +215,7 @@ def _enqueue(valid: list[events.Event], options: dict[str, Any]) -> None:
         _silence_stdout()
         click.echo(f"warning: queued, but the receipt can't be printed: {exc.strerror}", err=True)
     for warning in dict.fromkeys(warning for receipt in receipts for warning in receipt.warnings):
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(printable(f"warning: {warning}"), err=True)
 
 
 def _destination(settings: Settings) -> Destination | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from versioner_agent.cli._common import DELIVERY_KEYS, echo_json, json_option, load_settings, settings_options
+from versioner_agent.text import printable
 
 if TYPE_CHECKING:
     from versioner_agent.agent import Drained
@@ -44,7 +45,7 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
     if drained.pending:
         why = f": {drained.note}" if drained.note else ""
         events = "1 event is" if drained.pending == 1 else f"{drained.pending} events are"
-        click.echo(f"{events} still queued{why}", err=True)
+        click.echo(printable(f"{events} still queued{why}"), err=True)
     return _exit_code(drained)
 
 
