@@ -43,6 +43,7 @@ class Host:
     def __init__(self, directory, api_url):
         self.directory = directory
         self.path = str(directory / "state" / "outbox.db")
+        (directory / "state").mkdir(mode=0o700)
         self.config = directory / "config.toml"
         self.config.write_text("")
         self.env = {

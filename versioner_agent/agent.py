@@ -24,7 +24,7 @@ from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.records import Record
-from versioner_agent.storage import OutboxMissing, Store
+from versioner_agent.storage import OutboxMissing, Store, make_private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Agent:
 
         Requests under way get GRACE_S seconds then, and what was answered is settled. A second signal exits at once.
         """
+        if not self._settings.is_explicit("db"):
+            make_private_directory(self._settings.db)
         store = Store(self._settings.db, self._settings.busy_timeout)
         lock = FlusherLock(store.path)
         with _handled_by(self._on_signal, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

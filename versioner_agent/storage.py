@@ -42,6 +42,8 @@ _HALF_MADE = (0, 0, 1, 2)
 
 
 FREE_PAGES = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
+#: The system's words for these would send people to the wrong place.
+_WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
 #: What our statements never meet on tables as they were made.
 _IMPOSSIBLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG)
 
@@ -74,9 +76,7 @@ class Store:
         Raises OutboxBusy after `busy_timeout` seconds, OutboxFull, OutboxMissing (unless *create*), OutboxError.
         """
         with self.translated():
-            if create:
-                self._make_directory()
-            elif inode_of(self.path) is None:
+            if not create and inode_of(self.path) is None:
                 raise self._missing()
             if not self.is_remembered() and _size_of(self.path):
                 with suppress(OutboxMissing):
@@ -231,18 +231,6 @@ class Store:
         if self.free_space() >= ROOM_BYTES:
             make_reserve(connection, journal_too=True)
 
-    def _make_directory(self) -> None:
-        directory = os.path.dirname(self.path)
-        if os.path.isdir(directory):
-            return
-        parent = os.path.dirname(directory)
-        os.makedirs(parent, exist_ok=True)
-        try:
-            os.mkdir(directory, 0o700)
-        except FileExistsError:
-            return
-        sync_directory(parent)
-
     def _missing(self) -> OutboxError:
         if self.is_remembered():
             inode = inode_of(self.path)
@@ -291,7 +279,7 @@ class Store:
         except sqlite3.Error as exc:
             raise self._in_our_words(exc) from exc
         except OSError as exc:
-            words = "a symbolic link is in its place" if exc.errno == errno.ELOOP else exc.strerror or exc
+            words = _WORDS.get(exc.errno or 0, exc.strerror or str(exc))
             raise OutboxError(
                 f"can't use the outbox {exc.filename or self.path}: {words}", self._access_hint(exc)
             ) from exc
@@ -375,6 +363,26 @@ def inode_of(path: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
+
+
+def make_private_directory(path: str) -> None:
+    """Make the directory of an outbox that nobody named, with all above it; raises OutboxError.
+
+    Only there: a missing directory of one that somebody named is a typing error, or a disk that is not mounted, and
+    nobody would deliver from it.
+    """
+    directory = os.path.dirname(path)
+    if os.path.isdir(directory):
+        return
+    parent = os.path.dirname(directory)
+    try:
+        os.makedirs(parent, exist_ok=True)
+        os.mkdir(directory, 0o700)
+        sync_directory(parent)
+    except FileExistsError:
+        pass
+    except OSError as exc:
+        raise OutboxError(f"can't make the directory {directory}: {exc.strerror}") from exc
 
 
 def sync_directory(path: str) -> None:

@@ -19,6 +19,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def db(tmp_path):
+    (tmp_path / "state").mkdir(mode=0o700)
     return tmp_path / "state" / "outbox.db"
 
 

@@ -115,7 +115,6 @@ def test_status_after_a_kill_does_not_claim_an_agent(host_for, serve):
 
 @pytest.mark.parametrize("content", ["my diary", "x" * 100_000])
 def test_status_of_a_file_that_is_no_outbox_exits_1(cli, db, content):
-    db.parent.mkdir()
     db.write_text(content)
 
     done = cli("status")

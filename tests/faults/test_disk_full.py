@@ -31,7 +31,6 @@ class SmallDisk:
         self.path = path
         self._stop = threading.Event()
         self._neighbour = None
-        path.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs", path], check=True)
 
     def fill(self):

@@ -91,8 +91,8 @@ def test_an_outsider_gets_the_group_to_ask_for(accounts, path):
 
 def test_an_outbox_in_a_home_is_private(accounts):
     home = accounts.home(MEMBER)
-    path = home / "state" / "outbox.db"
-    assert accounts.run(MEMBER, path, *ENQUEUE, "1", umask=0).returncode == 0
+    path = home / ".local" / "state" / "versioner-agent" / "outbox.db"
+    assert accounts.run(MEMBER, "", *ENQUEUE, "1", umask=0, HOME=str(home)).returncode == 0
 
     assert stat.S_IMODE(os.stat(path.parent).st_mode) == 0o700
     modes = {name: stat.S_IMODE(os.stat(path.parent / name).st_mode) for name in os.listdir(path.parent)}

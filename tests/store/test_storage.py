@@ -74,12 +74,15 @@ def test_every_file_has_the_mode_of_its_place(tmp_path, umask, directory, mode, 
     )  # fmt: skip
 
 
-def test_missing_directory_is_made_private(tmp_path, umask):
-    umask(0)
-    with Outbox(tmp_path / "a" / "b" / "outbox.db") as outbox:
+def test_missing_directory_is_an_error(tmp_path):
+    with (
+        Outbox(tmp_path / "a" / "outbox.db") as outbox,
+        pytest.raises(OutboxError, match="no such directory") as caught,
+    ):
         outbox.enqueue("build", BUILD)
 
-    assert mode_of(tmp_path / "a" / "b") == 0o700
+    assert f"check that {tmp_path / 'a'} exists" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_commits_are_synced_and_the_journal_persists(outbox):
