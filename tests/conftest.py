@@ -12,6 +12,7 @@ import pytest
 
 sys.path.append(os.path.dirname(__file__))  # the modules beside this one, for tests in every folder
 
+from accounts import Accounts
 from bench import Bench
 from host import Child, Host, free_port  # found by the line above
 from scripted import ScriptedServer
@@ -140,3 +141,11 @@ def bench(tmp_path):
     yield make
     for each in made:
         each.close()
+
+
+@pytest.fixture(scope="session")
+def accounts():
+    """Real accounts of this machine, for tests that are skipped where there can be none."""
+    made = Accounts()
+    yield made
+    made.close()

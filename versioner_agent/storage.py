@@ -95,6 +95,7 @@ class Store:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the write queue for the block: nobody else writes meanwhile. Raises OutboxBusy, OSError."""
+        self._refuse_planted_link()
         most = self.busy_timeout * self.patience
         if not self._queue.acquire(self.busy_timeout, most=most, progress=self._last_change):
             raise OutboxBusy(
@@ -308,7 +309,9 @@ class Store:
         return OutboxError(f"can't use the outbox {self.path}: {exc}", self._access_hint(exc))
 
     def _access_hint(self, exc: Exception) -> str | None:
-        """Name the group to join where that is what is missing."""
+        """Say what to do: above all, name the group to join where that is what is missing."""
+        if os.path.isdir(self.path):
+            return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
         directory = os.path.dirname(self.path)
         try:
             found = os.stat(directory)

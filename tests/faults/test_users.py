@@ -10,7 +10,7 @@ import stat
 import subprocess
 
 import pytest
-from accounts import GROUP, MEMBER, OTHER_MEMBER, OUTSIDER, OWNER, Accounts, why_not
+from accounts import GROUP, MEMBER, OTHER_MEMBER, OUTSIDER, OWNER, why_not
 from crash import needs_strace
 from host import KEY, eventually
 from scripted import accepted
@@ -21,13 +21,6 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 USERS = ((OWNER, 0o022), (OWNER, 0o077), (MEMBER, 0o077), (OTHER_MEMBER, 0o022), ("root", 0o022), ("root", 0o077))
 IDS = [f"{user}-{umask:03o}" for user, umask in USERS]
 ENQUEUE = ("enqueue", "build", "--product", "payments", "--version")
-
-
-@pytest.fixture(scope="module")
-def accounts():
-    made = Accounts()
-    yield made
-    made.close()
 
 
 @pytest.fixture
