@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 from versioner_agent import binding, config, review
 from versioner_agent.config import Settings
+from versioner_agent.creation import make_private_directory
 from versioner_agent.delivery import Sender
 from versioner_agent.errors import AgentError, CredentialsMissing, LockHeld, OutboxBusy, OutboxError, OutboxFull
 from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.records import Record
-from versioner_agent.storage import OutboxMissing, Store, make_private_directory
+from versioner_agent.storage import OutboxMissing, Store
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,13 @@ import time
 from typing import Any, NamedTuple
 
 from versioner_agent import schema
+from versioner_agent.creation import make_tables, sync_directory
 from versioner_agent.errors import OutboxDamaged, OutboxError
 from versioner_agent.locks import QUEUE_SUFFIX, create_beside
 from versioner_agent.pages import PAGE_BYTES
 from versioner_agent.records import time_json
 from versioner_agent.salvage import Salvage, rows_of
-from versioner_agent.storage import OutboxMissing, Store, inode_of, make_tables, sync_directory
+from versioner_agent.storage import OutboxMissing, Store, inode_of
 
 #: Larger files are not read as a whole when an agent starts, and not mended by an enqueue (bytes).
 CHECKED_BYTES = 50 * 1024 * 1024

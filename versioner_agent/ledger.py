@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from versioner_agent import damage, migration, reserve, settling
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
+from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.outbox import Destination
 from versioner_agent.records import COLUMNS, Record
 from versioner_agent.settling import Settlement
-from versioner_agent.storage import RESERVE_BYTES, ROOM_BYTES, Store
+from versioner_agent.storage import Store
 from versioner_agent.text import bounded
 
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms

@@ -11,9 +11,10 @@ import os
 import sqlite3
 
 from versioner_agent import schema
+from versioner_agent.creation import sync_directory
 from versioner_agent.errors import OutboxFull
 from versioner_agent.locks import create_beside
-from versioner_agent.storage import Store, sync_directory
+from versioner_agent.storage import Store
 
 #: Room that the migration itself may take beside the copy (bytes).
 MARGIN_BYTES = 4 * 1024 * 1024

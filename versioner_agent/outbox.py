@@ -28,8 +28,10 @@ from versioner_agent.batches import (
 )
 from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.integrity import digest
-from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, FREE_SPACE_FLOOR, RESERVE_BYTES, Store
+from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, Store
 
+#: Below this much free space nothing new is accepted: what is left belongs to recording deliveries (bytes).
+FREE_SPACE_FLOOR = 256 * 1024
 LIVE_STATES = ("pending", "delivered", "exported")
 CLOCK_WARNING = "this host's clock is before the agent's release: events are queued without automatic times"
 
@@ -186,12 +188,17 @@ class Outbox:
                     f"this outbox delivers to {bound}, the event is meant for {destination}",
                     "use another outbox (--db) for it, or `flush --new-destination` to move this one",
                 )
-        if self.store.free_space() < FREE_SPACE_FLOOR and self.store.free_pages() < RESERVE_BYTES + FREE_SPACE_FLOOR:
+        if self.store.free_space() < FREE_SPACE_FLOOR and not self._has_room_inside():
             raise OutboxFull(
                 f"no space left for the outbox {self.store.path}: below {FREE_SPACE_FLOOR // 1024} KiB "
                 "nothing new is queued",
                 "free some space, then try again",
             )
+
+    def _has_room_inside(self) -> bool:
+        from versioner_agent import reserve  # noqa: PLC0415  # only on a full disk
+
+        return reserve.has_room_inside(self.store, FREE_SPACE_FLOOR)
 
     def _enqueue_staged(
         self, chunks: list[list[_Ready]], context: _Context, destination: Destination | None

@@ -12,7 +12,8 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from versioner_agent.storage import RESERVE_BYTES, ROOM_BYTES, Store, make_reserve
+from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES, make_reserve
+from versioner_agent.storage import Store
 
 
 def keep(store: Store) -> None:
@@ -23,6 +24,11 @@ def keep(store: Store) -> None:
     if store.free_space() >= ROOM_BYTES or (has_journal and store.free_pages() >= 2 * RESERVE_BYTES):
         with store.turn(), store.read() as connection:
             make_reserve(connection, journal_too=not has_journal)
+
+
+def has_room_inside(store: Store, room: int) -> bool:
+    """Tell whether the file has *room* bytes that nothing uses, beside what recording deliveries may need."""
+    return store.free_pages() >= RESERVE_BYTES + room
 
 
 def is_short(store: Store) -> bool:

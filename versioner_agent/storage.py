@@ -23,14 +23,6 @@ from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue, open_beside
 
 DEFAULT_BUSY_TIMEOUT_S = 10.0
 PATIENCE = 3
-#: Fixed, so that what is left of a damaged file can be read without its header (bytes).
-PAGE_BYTES = 4096
-#: Below this much free space nothing new is accepted: what is left belongs to recording deliveries (bytes).
-FREE_SPACE_FLOOR = 256 * 1024
-#: What only recording deliveries may use (see `reserve`), and the room that is needed to set it aside (bytes).
-RESERVE_BYTES = 384 * 1024
-ROOM_BYTES = 4 * RESERVE_BYTES
-
 
 _TEXT = partial(str, encoding="utf-8", errors="replace")
 IDENTIFY = """
@@ -226,11 +218,13 @@ class Store:
 
         Runs while holding the write queue, so that twenty first enqueues make one outbox.
         """
-        make_tables(connection)
+        from versioner_agent import creation  # noqa: PLC0415  # once in an outbox's life
+
+        creation.make_tables(connection)
         self.version = schema.VERSION
-        sync_directory(os.path.dirname(self.path))
-        if self.free_space() >= ROOM_BYTES:
-            make_reserve(connection, journal_too=True)
+        creation.sync_directory(os.path.dirname(self.path))
+        if self.free_space() >= creation.ROOM_BYTES:
+            creation.make_reserve(connection, journal_too=True)
 
     def _missing(self) -> OutboxError:
         if self.is_remembered():
@@ -332,26 +326,6 @@ def _group_name(gid: int) -> str:
         return str(gid)
 
 
-def make_tables(connection: sqlite3.Connection) -> None:
-    """Make an outbox in an empty file, in one transaction."""
-    # Neither can be changed once there is a table.
-    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    connection.execute("BEGIN IMMEDIATE")
-    for statement in schema.statements():
-        connection.execute(statement)
-    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {schema.VERSION}")
-    connection.execute("COMMIT")
-
-
-def make_reserve(connection: sqlite3.Connection, *, journal_too: bool) -> None:
-    """Reserve space, in transactions of its own: the second one's journal grows to the same size, and stays so."""
-    connection.execute("INSERT OR IGNORE INTO reserve (id, filler) VALUES (1, zeroblob(?))", (RESERVE_BYTES,))
-    if journal_too:
-        connection.execute("UPDATE reserve SET filler = randomblob(?)", (RESERVE_BYTES,))
-
-
 def _size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
@@ -366,35 +340,6 @@ def inode_of(path: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
-
-
-def make_private_directory(path: str) -> None:
-    """Make the directory of an outbox that nobody named, with all above it; raises OutboxError.
-
-    Only there: a missing directory of one that somebody named is a typing error, or a disk that is not mounted, and
-    nobody would deliver from it.
-    """
-    directory = os.path.dirname(path)
-    if os.path.isdir(directory):
-        return
-    parent = os.path.dirname(directory)
-    try:
-        os.makedirs(parent, exist_ok=True)
-        os.mkdir(directory, 0o700)
-        sync_directory(parent)
-    except FileExistsError:
-        pass
-    except OSError as exc:
-        raise OutboxError(f"can't make the directory {directory}: {exc.strerror}") from exc
-
-
-def sync_directory(path: str) -> None:
-    """Make a new name in *path* durable (fsync(2): the file's own sync does not cover its directory entry)."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def placeholders(values: list[Any]) -> str:

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from versioner_agent import Outbox, reserve, review
+from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.errors import OutboxFull
 from versioner_agent.ledger import BRIEF_CHARS, Health, Ledger
 from versioner_agent.outbox import Destination
@@ -14,7 +15,7 @@ from versioner_agent.outcomes import Outcome
 from versioner_agent.policy import Counters, Decision
 from versioner_agent.records import is_intact
 from versioner_agent.settling import Settlement
-from versioner_agent.storage import RESERVE_BYTES, ROOM_BYTES, Store
+from versioner_agent.storage import Store
 
 HERE = Destination("https://api.example", "acme")
 DELIVERED = Outcome("delivered", "", http_status=200, server_id="evt-" + "0" * 36)

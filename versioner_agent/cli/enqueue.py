@@ -14,7 +14,6 @@ from versioner_agent.cli._common import echo_json, json_option, load_settings, s
 from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError, ValidationError
 from versioner_agent.outbox import Destination, Outbox, Receipt
-from versioner_agent.storage import make_private_directory
 from versioner_agent.text import key_account, printable
 
 SHOWN_RECEIPTS = 20  # more than these are summed up in text output
@@ -203,7 +202,9 @@ def _read(name: str) -> bytes:
 
 def _enqueue(valid: list[events.Event], options: dict[str, Any]) -> None:
     settings = load_settings(options)
-    if not settings.is_explicit("db"):
+    if not settings.is_explicit("db") and not os.path.isdir(os.path.dirname(settings.db)):
+        from versioner_agent.creation import make_private_directory  # noqa: PLC0415  # once in a user's life
+
         make_private_directory(settings.db)
     outbox = Outbox(settings.db, busy_timeout=settings.busy_timeout, queued_by=_user())
     with outbox:
