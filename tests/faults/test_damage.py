@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import threading
 
 import pytest
@@ -87,6 +88,11 @@ def survives(specimen, directory, mutate, seed):
 
 
 @pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return Specimen(tmp_path_factory.mktemp("large"), 10 * 1024 * 1024, SEED)
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return Specimen(tmp_path_factory.mktemp("small"), 700_000, SEED)
 
@@ -95,3 +101,18 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_every_provable_record_survives_and_no_altered_one_is_sent(small, tmp_path, mutate, turn):
     survives(small, tmp_path, mutate, f"{SEED}-{mutate.__name__}-{turn}")
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_the_same_of_ten_megabytes(large, tmp_path, mutate):
+    survives(large, tmp_path, mutate, f"{SEED}-large-{mutate.__name__}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_two_thousand_broken_outboxes_of_ten_megabytes(large, tmp_path, mutate):
+    for turn in range(TURNS):
+        directory = tmp_path / str(turn)
+        directory.mkdir()
+        survives(large, directory, mutate, f"{SEED}-long-{mutate.__name__}-{turn}")
+        shutil.rmtree(directory)
