@@ -6,7 +6,7 @@ import json
 import signal
 import sqlite3
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 from freezegun import freeze_time
@@ -308,3 +308,26 @@ def test_event_for_another_destination_is_refused(outbox, meant, is_other):
 
 def test_unbound_outbox_takes_events_for_any_destination(outbox):
     assert outbox.enqueue_all(make(1), destination=Destination("https://b", "x"))[0].outcome == "queued"
+
+
+def test_an_array_of_large_events_is_written_in_steps_of_a_megabyte(outbox, monkeypatch):
+    """A transaction of hundreds of megabytes would keep every other build waiting."""
+    sizes = "SELECT state, sum(length(payload)) FROM record GROUP BY state"
+    steps = []
+    write = outbox.store.write
+
+    @contextmanager
+    def watched(**how):
+        with write(**how) as connection:
+            before = Counter(dict(connection.execute(sizes).fetchall()))
+            yield connection
+            after = Counter(dict(connection.execute(sizes).fetchall()))
+            steps.append(sum((after - before).values()))
+
+    monkeypatch.setattr(outbox.store, "write", watched)
+    large = {**BUILD, "extra_metadata": {"notes": "n" * 90_000}}
+    receipts = outbox.enqueue_all([events.validate("build", {**large, "version": str(n)}) for n in range(40)])
+
+    assert [receipt.outcome for receipt in receipts] == ["queued"] * 40
+    assert max(steps) <= 1024 * 1024
+    assert sum(steps) > 2 * 40 * 90_000  # staged, then handed over
