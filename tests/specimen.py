@@ -125,7 +125,7 @@ def _places(data):
     return {
         (number, row.start): row
         for number in range(2, count + 1)
-        for row in rows(read(number), read, count)
+        for row in rows(read(number), read)
         if _is_proven(row)
     }
 

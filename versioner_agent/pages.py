@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 PAGE_BYTES = 4096  # as every outbox is made
-LEAF, INTERIOR = 0x0D, 0x05
+LEAF = 0x0D
 MAX_ROW_BYTES = 4 * 1024 * 1024  # several times what an event may have
 
 #: Where a record's first text begins: its event_id.
@@ -35,28 +35,26 @@ class Row(NamedTuple):
     end: int
 
 
-def rows(page: bytes, read: Pages, count: int) -> Iterator[Row]:
-    """Yield the rows of one page, in a file of *count* pages: by its pointers, then those that no pointer leads to.
+def rows(page: bytes, read: Pages) -> Iterator[Row]:
+    """Yield the rows of one page: by its pointers, then those that no pointer leads to.
 
     The second search is for pages whose own header is damaged. It passes over what a sound page says is free, where
     old copies of rows may lie; freed cells and pages hold none, for connections use `secure_delete`.
     """
     found = list(_by_pointers(page, read)) if page[:1] == bytes((LEAF,)) else []
-    yield from (row for row in found if row is not None)
-    if found and None not in found and len(found) == _cell_count(page):
-        return
-    if not _is_sound_interior(page, count):
-        yield from _by_text(page, read, [(row.start, row.end) for row in found if row is not None])
+    yield from found
+    yield from _by_text(page, read, [(row.start, row.end) for row in found])
 
 
 def _cell_count(page: bytes) -> int:
     return int.from_bytes(page[3:5])
 
 
-def _by_pointers(page: bytes, read: Pages) -> Iterator[Row | None]:
-    """Yield a row per cell pointer, None where it leads to nothing."""
+def _by_pointers(page: bytes, read: Pages) -> Iterator[Row]:
     for at in range(8, min(8 + 2 * _cell_count(page), len(page) - 1), 2):
-        yield row_at(page, int.from_bytes(page[at : at + 2]), read)
+        row = row_at(page, int.from_bytes(page[at : at + 2]), read)
+        if row is not None:
+            yield row
 
 
 def _by_text(page: bytes, read: Pages, known: list[tuple[int, int]]) -> Iterator[Row]:
@@ -71,17 +69,6 @@ def _by_text(page: bytes, read: Pages, known: list[tuple[int, int]]) -> Iterator
             if (row := row_at(page, start, read, body_at=text)) is not None:
                 yield row
                 break
-
-
-def _is_sound_interior(page: bytes, count: int) -> bool:
-    """Tell whether *page* leads to other pages, as the inner nodes of a table do: such a page holds no rows."""
-    if page[:1] != bytes((INTERIOR,)) or len(page) < PAGE_BYTES:
-        return False
-    children = [int.from_bytes(page[8:12])]
-    for at in range(12, min(12 + 2 * _cell_count(page), len(page) - 1), 2):
-        cell = int.from_bytes(page[at : at + 2])
-        children.append(int.from_bytes(page[cell : cell + 4]))
-    return all(1 < child <= count for child in children)
 
 
 def row_at(page: bytes, start: int, read: Pages, *, body_at: int | None = None) -> Row | None:

@@ -48,8 +48,11 @@ class Record(NamedTuple):
 
     @property
     def idempotency_key(self) -> str:
-        """The same for every attempt; a person's retry is a new request."""
-        return f"{self.event_id}.{self.retries}" if self.retries else self.event_id
+        """The same for every attempt; a person's retry is a new request.
+
+        What was never tried can't have been retried, whatever a damaged row says.
+        """
+        return f"{self.event_id}.{self.retries}" if self.retries and self.attempts else self.event_id
 
 
 #: The columns of a Record, for SELECT.

@@ -35,7 +35,7 @@ def rows_of(path: str) -> Iterator[Row]:
                 return b""
 
         for number in range(2, count + 1):  # the first page holds the schema
-            yield from rows(read(number), read, count)
+            yield from rows(read(number), read)
     finally:
         os.close(fd)
 
@@ -84,7 +84,11 @@ class Salvage:
         return counts, sorted(self._unreadable - {row[0] for row in run("SELECT id FROM record").fetchall()})
 
     def _take_record(self, row: Row) -> None:
-        found: dict[str, Any] = {**dict(zip(self._columns, row.values, strict=True)), "id": row.rowid}
+        found: dict[str, Any] = {
+            name: _as_stored(value, kind)
+            for (name, (kind, _)), value in zip(self._columns.items(), row.values, strict=True)
+        }
+        found["id"] = row.rowid
         payload = found["payload"]
         record = Record(**{name: found[name] for name in Record._fields})
         if not isinstance(payload, bytes) or not is_intact(record, payload):
@@ -152,6 +156,13 @@ def _true_identity(record: Record, payload: bytes) -> dict[str, bytes | None]:
     known = [c for c in contents if c == record.content or events.identity(*run, c) == record.identity]
     content = (known or contents)[0]
     return {"content": content, "identity": events.identity(*run, content)}
+
+
+def _as_stored(value: Any, kind: type[int | float | str | bytes]) -> Any:
+    """Return *value* as its column stores it: one bit tells text from bytes."""
+    if kind is str and isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.encode() if kind is bytes and isinstance(value, str) else value
 
 
 def _fitting(name: str, value: Any, kind: type[int | float | str | bytes], needed: bool) -> Any:

@@ -273,6 +273,8 @@ class Store:
             yield
         except sqlite3.Error as exc:
             raise self._in_our_words(exc) from exc
+        except UnicodeDecodeError as exc:  # SQLite quotes what it can't make sense of
+            raise self.damaged("its schema is not readable", self._inode) from exc
         except OSError as exc:
             words = _WORDS.get(exc.errno or 0, exc.strerror or str(exc))
             raise OutboxError(

@@ -1,0 +1,189 @@
+"""What is saved of a damaged outbox beside the records' own bytes: states, runs, batches, the destination, the last id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+
+import pytest
+
+from versioner_agent import Outbox, review, settling
+from versioner_agent.batches import INSERT_BATCH
+from versioner_agent.ledger import Health, Ledger
+from versioner_agent.outbox import Destination
+from versioner_agent.outcomes import Outcome
+from versioner_agent.policy import Counters, Decision
+from versioner_agent.records import is_intact
+from versioner_agent.storage import Store
+
+HERE = Destination("https://api.example", "acme")
+RUN = {"product_name": "payments", "version": "1.2.3", "status": "completed", "invoke_id": "7"}
+DELIVERED = Outcome("delivered", "", http_status=200, server_id="evt-1")
+
+
+@pytest.fixture
+def path(tmp_path):
+    made = str(tmp_path / "outbox.db")
+    with Outbox(made) as outbox:
+        for version in range(1, 6):
+            outbox.enqueue("build", {**RUN, "version": str(version)})
+    return made
+
+
+def run(path, statement, *values):
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute("PRAGMA secure_delete = ON")
+        return connection.execute(statement, values).fetchall()
+
+
+def replace_bytes(path, old, new):
+    """Change bytes in the file, as a disk would; there must be exactly one such place in a row."""
+    with open(path, "r+b") as file:
+        data = file.read()
+        assert len(old) == len(new)
+        assert data.count(old) >= 1
+        file.seek(0)
+        file.write(data.replace(old, new, 1))
+
+
+def mend(path):
+    """Break the header, so that all is read from bytes, and mend; returns the ledger's view of it."""
+    with open(path, "r+b") as file:
+        file.write(b"garbage")
+    with contextlib.closing(Store(path)) as store:
+        return Ledger(store).open(create=True)
+
+
+def settle(path, record_id):
+    with contextlib.closing(Store(path)) as store:
+        record = review.show(store, record_id)[0]
+        decision = Decision("delivered", "delivered", "", Counters())
+        settlement = settling.Settlement(record, DELIVERED, decision, 1.8e9, 0.1)
+        Ledger(store).settle([settlement], Health("up"), HERE)
+
+
+def state_of(path, record_id):
+    with contextlib.closing(Store(path)) as store:
+        found = review.show(store, record_id)
+        return found and found[0].state
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("qending", "pending"), ("deliverec", "delivered"), ("faileD", "failed"), ("expnrted", "exported"),
+     (b"discarded", "discarded"), ("dhscarded", "discarded"), ("", "pending"), (7, "pending")],
+    ids=repr,
+)  # fmt: skip
+def test_a_state_is_what_it_was_before_a_bit_flipped(path, wrong, right):
+    run(path, "UPDATE record SET state = ? WHERE id = 3", wrong)
+    mend(path)
+
+    assert state_of(path, 3) == right
+
+
+@pytest.mark.parametrize("column", ["content", "identity"])
+def test_a_run_is_known_again_whichever_of_its_digests_was_damaged(path, column):
+    run(path, f"UPDATE record SET {column} = zeroblob(32) WHERE id = 3")
+    mend(path)
+
+    with Outbox(path) as outbox:
+        again = outbox.enqueue("build", {**RUN, "version": "3"})
+    assert (again.outcome, again.id) == ("duplicate", 3)
+
+
+def test_a_run_is_known_again_when_both_were_damaged(path):
+    run(path, "UPDATE record SET content = zeroblob(32), identity = zeroblob(32) WHERE id = 3")
+    mend(path)
+
+    with Outbox(path) as outbox:
+        assert outbox.enqueue("build", {**RUN, "version": "3"}).outcome == "duplicate"
+
+
+def test_an_altered_payload_is_neither_saved_nor_silent(path):
+    replace_bytes(path, b'"version":"4"', b'"version":"9"')
+    damage = mend(path)
+
+    assert state_of(path, 4) is None
+    assert (damage.unreadable, damage.unreadable_ids) == (1, [4])
+    assert damage.salvaged == {"pending": 4}
+
+
+def test_pruned_records_do_not_come_back_and_their_ids_are_not_given_again(path):
+    for record_id in (4, 5):
+        settle(path, record_id)
+    with contextlib.closing(Store(path)) as store:
+        assert Ledger(store).prune(9e9) == 2
+    mend(path)
+
+    assert [state_of(path, record_id) for record_id in (3, 4, 5)] == ["pending", None, None]
+    with Outbox(path) as outbox:
+        assert outbox.enqueue("build", {**RUN, "version": "6"}).id == 6
+
+
+def test_no_bytes_of_what_was_pruned_are_left_in_the_file(path):
+    with contextlib.closing(Store(path)) as store:
+        event_ids = [review.show(store, record_id)[0].event_id.encode() for record_id in (1, 2, 3)]
+    for record_id in (1, 2, 3):
+        settle(path, record_id)
+    with contextlib.closing(Store(path)) as store:
+        Ledger(store).prune(9e9)
+    with open(path, "rb") as file:
+        data = file.read()
+
+    assert not any(event_id in data for event_id in event_ids)
+
+
+def test_the_destination_and_its_deliveries_are_kept(path):
+    settle(path, 1)
+    mend(path)
+
+    with contextlib.closing(Store(path)) as store:
+        destination, health, deliveries = Ledger(store).destination()
+    assert (destination, health.state, deliveries) == (HERE, "unknown", 1)
+
+
+def test_what_was_delivered_on_a_full_disk_is_saved_without_its_payload(path):
+    with contextlib.closing(Store(path)) as store, store.write() as connection:
+        record = review.show(store, 2)[0]
+        decision = Decision("delivered", "delivered", "", Counters())
+        settling.write_briefly(connection, settling.Settlement(record, DELIVERED, decision, 1.8e9, 0.1), 0)
+    mend(path)
+
+    with contextlib.closing(Store(path)) as store:
+        record, payload, _ = review.show(store, 2)
+    assert (record.state, payload) == ("delivered", b"")
+    assert is_intact(record, payload)
+    with Outbox(path) as outbox:
+        assert outbox.enqueue("build", {**RUN, "version": "2"}).id == 2
+
+
+@pytest.mark.parametrize(("batch", "state"), [("published", "staged"), ("gone", "pending"), ("unpublished", "staged")])
+def test_staged_records_go_with_their_batch(path, batch, state):
+    """Where the batch is gone they may have been acknowledged: better sent than lost."""
+    with contextlib.closing(Store(path)) as store, store.write() as connection:
+        number = connection.execute(INSERT_BATCH, ("enqueue", 1.0)).lastrowid
+        connection.execute("UPDATE batch SET published = ?, waiting = 5", (batch == "published",))
+        connection.execute("UPDATE record SET state = 'staged', batch = ?", (number,))
+    if batch == "gone":
+        run(path, "DELETE FROM batch")
+    mend(path)
+
+    assert {row[0] for row in run(path, "SELECT state FROM record")} == {state}
+    assert run(path, "SELECT count(*) FROM batch") == [(0 if batch == "gone" else 1,)]
+
+
+def test_of_two_copies_the_later_state_counts(path):
+    """A change of two pages of which one was written leaves a record twice."""
+    with open(path, "rb") as file:
+        before = file.read()
+    settle(path, 3)
+    with open(path, "r+b") as file:
+        size = os.path.getsize(path)
+        file.seek(size + -size % 4096)
+        file.write(before)  # as if the old pages were somewhere else in the file
+    mend(path)
+
+    assert state_of(path, 3) == "delivered"
+    assert state_of(path, 2) == "pending"
