@@ -13,6 +13,7 @@ from versioner_agent.policy import Pace
 from versioner_agent.records import Record
 
 WINDOW = 1000  # keys remembered as ready
+WELL_LOOKED_AT = 20  # keys that were well when last tried, looked at for a probe
 REFILL = 64  # keys one refill looks for
 
 
@@ -47,7 +48,7 @@ class Chooser:
     def next(self, now: float, busy: set[str]) -> tuple[Record, bytes] | None:
         """Return the next record to send and its payload, of a key neither in *busy* nor waiting."""
         if self._pace.is_open:
-            return self._probe()
+            return self._probe(now)
         retrying = sum(self._pace.is_retrying(key) for key in busy)
         while retrying < self._pace.max_retrying():
             key = self._pace.first_due(now, busy)
@@ -85,9 +86,17 @@ class Chooser:
             self._ends_to_pass -= 1
         return True
 
-    def _probe(self) -> tuple[Record, bytes] | None:
-        """Return the head of a key not tried since the breaker opened, else of the next one in turn."""
-        for skip in (self._pace.tried, frozenset()):
+    def _probe(self, now: float) -> tuple[Record, bytes] | None:
+        """Return the head of a key not tried since the breaker opened, else of the next one in turn.
+
+        A key that was well goes first: where only others are in trouble, it shows that the API is there.
+        """
+        for key in self._pace.well(WELL_LOOKED_AT):
+            found = self._ledger.head(key)
+            if found is not None:
+                return found
+        for tried in (self._pace.tried, frozenset()):
+            skip = _Waiting(tried, self._pace, now)
             cursor, ends = self._probe_cursor, 0
             while ends < 2:
                 seek = self._ledger.keys(cursor, 1, skip)
@@ -98,7 +107,18 @@ class Chooser:
                     if found is not None:
                         self._probe_cursor = key  # a search in vain must not move the rotation
                         return found
+        self._pace.postpone_probe(now)
         return None
+
+
+class _Waiting:
+    """The keys not to be probed: tried already, or asked to wait."""
+
+    def __init__(self, tried: Container[str], pace: Pace, now: float) -> None:
+        self._tried, self._pace, self._now = tried, pace, now
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tried or (isinstance(key, str) and self._pace.is_asked_to_wait(key, self._now))
 
 
 class _Known:

@@ -329,7 +329,7 @@ class Flusher:
             self._has_verdict = True
             if self._pace.is_open:
                 self._chooser.look_again()  # the keys that waited are forgotten there and found again
-            self._pace.verdict(record.product_name)
+            self._pace.verdict(record.product_name, now)
         elif decision.state == "failed":
             self._pace.forget(record.product_name)
         elif self._pace.failed(record.product_name, outcome, now, self._roll(), duration_s):

@@ -8,7 +8,8 @@ wall clock can stall or flood anything. Full jitter: uniform(0, min(cap, base·2
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from versioner_agent.outcomes import Outcome
 
@@ -18,6 +19,9 @@ LATE_AFTER_S = 600.0
 MAX_GAP_S = 600.0  # between two tries of an event, as it counts towards giving it up
 OPEN_AFTER = 3  # failures in a row
 _MAX_EXPONENT = 30  # 2**30 s is past every cap; more would only overflow
+
+
+Kept = TypeVar("Kept", None, int)
 
 
 class Counters(NamedTuple):
@@ -91,6 +95,7 @@ def backoff_s(failures: int, roll: float, cap: float, base: float = BASE_S) -> f
 class _Delay(NamedTuple):
     failures: int
     due: float
+    asked_until: float  # until when the API asked to leave this key alone
 
 
 class Pace:
@@ -108,6 +113,8 @@ class Pace:
         self._open_failures = 0
         self._probe_due = 0.0
         self._tried: dict[str, None] = {}  # keys probed since it opened, oldest first
+        self._well: dict[str, None] = {}  # keys by their last verdict, oldest first
+        self._forgiven: dict[str, int] = {}  # failures of keys whose delay was cleared, oldest first
 
     @property
     def failures_in_a_row(self) -> int:
@@ -134,6 +141,20 @@ class Pace:
     def tried(self) -> Container[str]:
         """The keys tried since the breaker opened."""
         return self._tried
+
+    def well(self, most: int) -> list[str]:
+        """Return up to *most* keys that had a verdict and were not tried since the breaker opened, the latest first."""
+        return list(islice((key for key in reversed(self._well) if key not in self._tried), most))
+
+    def is_asked_to_wait(self, key: str, now: float) -> bool:
+        """Tell whether a Retry-After for *key* still runs."""
+        delay = self._delays.get(key)
+        return delay is not None and delay.asked_until > now
+
+    def postpone_probe(self, now: float) -> None:
+        """Come back when the first Retry-After ends, or for a key that is new by then: there is nothing to probe."""
+        ends = [delay.asked_until for delay in self._delays.values() if delay.asked_until > now]
+        self._probe_due = min([*ends, now + self.max_backoff])
 
     def first_due(self, now: float, skip: Container[str]) -> str | None:
         """Return the failing key, not in *skip*, that has been due the longest."""
@@ -163,34 +184,47 @@ class Pace:
         if outcome.reason == "rate_limited" and wait:
             self.paused_until = max(self.paused_until, now + wait)
         previous = self._delays.get(key)
-        failures = previous.failures + 1 if previous else 1
-        has_forgotten = self._remember(
-            key, _Delay(failures, now + max(backoff_s(failures, roll, self.max_backoff), wait))
-        )
+        failures = 1 + (previous.failures if previous else self._forgiven.get(key, 0))
+        due = now + max(backoff_s(failures, roll, self.max_backoff), wait)
+        has_forgotten = self._remember(key, _Delay(failures, due, now + wait))
         self._streak = [*self._streak, (key, outcome.is_answered)][-OPEN_AFTER:]
         if self.is_open:
-            self._open_failures += 1
+            # A 5xx may come from one part of an API: others, not tried yet, are found before the pauses grow.
+            self._open_failures += outcome.reason != "unavailable" or key in self._tried
         elif self._is_the_destination():
             self.is_open = True
             self._open_failures = OPEN_AFTER
             self._tried = {name: None for name, _ in self._streak}
         if self.is_open:
-            self._mark_tried(key)
-            pause = backoff_s(self._open_failures, roll, self.max_backoff) - took
-            self._probe_due = now + max(pause, wait, 0.0)
+            _put_last(self._tried, key, None)
+            # What one key is asked to wait is its own business: only a 429 pauses the others.
+            self._probe_due = now + max(0.0, backoff_s(self._open_failures, roll, self.max_backoff) - took)
         return has_forgotten
 
-    def verdict(self, key: str) -> None:
+    def verdict(self, key: str, now: float) -> None:
         """Take the API's word on an event: it is there and answers."""
         self._delays.pop(key, None)
+        self._forgiven.pop(key, None)
+        _put_last(self._well, key, None)
         self._streak = []
         if self.is_open:
             self.is_open = False
-            self._delays.clear()
+            self._forgive(now)
             self._tried.clear()
             self._limit = 1
         else:
             self._limit = min(self.concurrency, self._limit * 2)
+
+    def _forgive(self, now: float) -> None:
+        """Clear the delays of the outage that is over.
+
+        Once a key, until it has a verdict of its own: some parts of an API may stay away for hours beside others that
+        answer, and must not be tried anew each time one of these does.
+        """
+        for key, delay in list(self._delays.items()):
+            if key not in self._forgiven and delay.asked_until <= now:
+                _put_last(self._forgiven, key, delay.failures)
+                del self._delays[key]
 
     def _is_the_destination(self) -> bool:
         if len(self._streak) < OPEN_AFTER:
@@ -205,11 +239,13 @@ class Pace:
         del self._delays[min(self._delays, key=lambda name: self._delays[name].due)]
         return True
 
-    def _mark_tried(self, key: str) -> None:
-        self._tried.pop(key, None)
-        self._tried[key] = None
-        if len(self._tried) > MAX_TRACKED_KEYS:
-            del self._tried[next(iter(self._tried))]
+
+def _put_last(known: dict[str, Kept], key: str, value: Kept) -> None:
+    """Remember *key* as the newest, and not too many."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > MAX_TRACKED_KEYS:
+        del known[next(iter(known))]
 
 
 def _without_steps(counters: Counters, last_attempt_at: float | None, now: float) -> Counters:

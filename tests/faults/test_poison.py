@@ -142,3 +142,23 @@ def test_a_poisoned_event_that_hangs_does_not_keep_a_fresh_one_from_a_real_agent
         eventually(functools.partial(is_delivered, host, record_id))
 
     assert host.record(1)[0].state == "pending"
+
+
+@pytest.mark.parametrize("wait_s", [None, 3600.0], ids=["503", "503 with Retry-After"])
+def test_many_products_in_trouble_do_not_starve_one_that_is_well(bench, wait_s):
+    """Thirty of them, each with its own backoff, beside one that has something every few minutes."""
+    b = bench(concurrency=4)
+    for number in range(30):
+        b.queue(f"a-{number:02}", 2)  # before the healthy one, by name and by age
+    b.queue("well", 20)
+    seconds = 0
+    while b.states().get("delivered", 0) < 20:
+        seconds += 1
+        assert seconds < 600
+        b.step(after=1.0)
+        while b.wire._waiting:
+            trouble = UNAVAILABLE._replace(wait_s=wait_s)
+            b.answer(*((product, DELIVERED if product == "well" else trouble) for product in list(b.wire._waiting)))
+
+    assert b.failed == []
+    assert b.wire.versions("well") == [str(number) for number in range(1, 21)]

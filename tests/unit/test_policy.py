@@ -156,7 +156,7 @@ def test_limits_are_settings():
 def test_starts_at_full_speed_and_keeps_it():
     pace = Pace(4, 120.0)
     for key in "abcde":
-        pace.verdict(key)
+        pace.verdict(key, 0.0)
 
         assert pace.limit(0.0) == 4
 
@@ -219,7 +219,7 @@ def test_verdict_ends_the_row():
     pace = Pace(4, 120.0)
     for key in ("a", "b"):
         pace.failed(key, DOWN, 0.0, 0.5)
-    pace.verdict("c")
+    pace.verdict("c", 0.0)
     pace.failed("d", DOWN, 0.0, 0.5)
     pace.failed("e", DOWN, 0.0, 0.5)
 
@@ -240,7 +240,7 @@ def test_probes_back_off_up_to_the_cap():
     intervals = []
     for probe in range(12):
         now = 1000.0 * probe
-        pace.failed(f"key {probe}", DOWN, now, 1.0)
+        pace.failed(f"key {probe}", SILENT, now, 1.0)
         intervals.append(pace.next_due(now) - now)
 
     assert intervals == [8, 16, 32, 64, *[120] * 8]
@@ -258,21 +258,21 @@ def test_probe_rotates_through_keys_not_tried_first():
 
 def test_tried_keys_are_forgotten_when_it_closes():
     pace = opened()
-    pace.verdict("a")
+    pace.verdict("a", 0.0)
 
     assert list(pace.tried) == []
 
 
 def test_verdict_closes_it_clears_delays_and_starts_slowly():
     pace = opened("a", "b", "c", concurrency=6)
-    pace.verdict("a")
+    pace.verdict("a", 0.0)
 
     assert not pace.is_open
     assert not any(pace.is_retrying(key) for key in "abc")
     limits = []
     for _ in range(5):
         limits.append(pace.limit(0.0))
-        pace.verdict("a")
+        pace.verdict("a", 0.0)
     assert limits == [1, 2, 4, 6, 6]
 
 
@@ -280,7 +280,7 @@ def test_verdict_of_a_closed_breaker_clears_only_its_own_delay():
     pace = Pace(4, 120.0)
     pace.failed("a", DOWN, 0.0, 0.5)
     pace.failed("b", DOWN, 0.0, 0.5)
-    pace.verdict("a")
+    pace.verdict("a", 0.0)
 
     assert not pace.is_retrying("a")
     assert pace.is_retrying("b")
@@ -328,3 +328,86 @@ def test_memory_of_keys_is_bounded():
     assert len(pace._delays) == policy.MAX_TRACKED_KEYS
     assert len(list(pace.tried)) <= policy.MAX_TRACKED_KEYS
     assert pace.is_retrying(f"key {policy.MAX_TRACKED_KEYS + 49}")
+
+
+def test_parts_of_an_api_that_were_not_tried_yet_are_found_before_the_pauses_grow():
+    """A 5xx may come from one shard; the first pass over the keys must not take hours."""
+    pace = opened("a", "b", "a", roll=1.0)
+    intervals = []
+    for number, key in enumerate(("c", "d", "e", "c", "d")):
+        pace.failed(key, DOWN, 1000.0 * number, 1.0)
+        intervals.append(pace.next_due(1000.0 * number) - 1000.0 * number)
+
+    assert intervals == [4, 4, 4, 8, 16]
+
+
+def fail_three_times(pace, key, now):
+    for _ in range(3):
+        pace.failed(key, SILENT, now, 1.0)
+    assert pace.is_open
+
+
+def test_a_delay_is_cleared_only_once_until_the_key_has_a_verdict():
+    """Or a part of an API that stays away would be tried anew each time another one answers."""
+    pace = opened("a", "b", "a", roll=1.0)
+    pace.verdict("well", 10.0)
+    assert not pace.is_retrying("a")
+    fail_three_times(pace, "a", 20.0)
+    pace.verdict("well", 30.0)
+    assert pace.is_retrying("a")
+    pace.verdict("a", 40.0)
+    fail_three_times(pace, "a", 50.0)
+    pace.verdict("well", 60.0)
+    assert not pace.is_retrying("a")
+
+
+def test_failures_of_a_key_whose_delay_was_cleared_go_on_being_counted():
+    pace = opened("a", "b", "a", roll=1.0)
+    pace.verdict("well", 10.0)
+    pace.failed("a", DOWN, 1000.0, 1.0)
+
+    assert pace.next_due(1000.0) == 1004.0
+
+
+def test_a_retry_after_of_one_key_holds_that_key_only():
+    pace = Pace(4, 120.0)
+    for key in "aba":
+        pace.failed(key, DOWN._replace(wait_s=3600.0), 0.0, 1.0)
+    assert pace.is_open
+    assert pace.next_due(0.0) == 4.0
+    assert pace.is_asked_to_wait("a", 3599.0)
+    assert not pace.is_asked_to_wait("a", 3600.0)
+    pace.verdict("well", 130.0)
+
+    assert pace.is_retrying("a")
+    assert pace.first_due(3599.0, ()) is None
+    assert pace.first_due(3600.0, ()) == "a"
+
+
+def test_keys_that_were_well_are_named_the_latest_first_until_they_are_tried():
+    pace = Pace(4, 120.0)
+    for key in ("x", "y", "z", "x"):
+        pace.verdict(key, 0.0)
+    for key in ("a", "b", "z"):
+        pace.failed(key, DOWN, 0.0, 1.0)
+
+    assert pace.well(5) == ["x", "y"]
+    assert pace.well(1) == ["x"]
+
+
+def test_with_nothing_to_probe_the_next_look_is_when_something_may_be():
+    pace = Pace(4, 120.0)
+    for key in "aba":
+        pace.failed(key, DOWN._replace(wait_s=50.0), 0.0, 1.0)
+    pace.postpone_probe(10.0)
+    assert pace.next_due(10.0) == 50.0
+    pace.postpone_probe(60.0)
+    assert pace.next_due(60.0) == 180.0
+
+
+def test_what_an_attempt_lasted_is_part_of_the_interval_between_probes():
+    pace = opened("a", "b", "a", roll=1.0)
+    pace.failed("a", SILENT, 1000.0, 1.0, took=5.0)
+    assert pace.next_due(1000.0) == 1003.0
+    pace.failed("a", SILENT, 2000.0, 1.0, took=500.0)
+    assert pace.next_due(2000.0) == 2000.0
