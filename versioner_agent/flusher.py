@@ -98,7 +98,7 @@ class Flusher:
         self._look_at = 0.0
         self._mend_at = 0.0
         self._maintain_at = 0.0
-        self._server_skew_s: float | None = None
+        self._server_ahead_s: float | None = None  # the API's clock less the monotonic one
         self._has_verdict = False
         _, self._health, self._deliveries = ledger.destination()
         self._told_state = self._health.state
@@ -309,9 +309,9 @@ class Flusher:
 
     def _judge(self, answer: _Answer, now: float) -> Settlement:
         record, outcome, at, duration_s = answer
-        if outcome.server_time is not None:
-            self._server_skew_s = at - outcome.server_time
-            if outcome.is_verdict and abs(self._server_skew_s) > MAX_CLOCK_SKEW_S:
+        if outcome.is_verdict and outcome.server_time is not None:
+            self._server_ahead_s = outcome.server_time - now
+            if abs(at - outcome.server_time) > MAX_CLOCK_SKEW_S:
                 at = outcome.server_time  # or it would be pruned at once, or never, when the clock is right again
         decision = decide(
             outcome,
@@ -341,15 +341,18 @@ class Flusher:
         health = self._health
         for settlement in settlements:
             outcome, at = settlement.outcome, settlement.at
+            is_paused = now < self._pace.paused_until
             if outcome.is_verdict:
+                if is_paused:
+                    continue  # nothing goes until the API lets us, whatever was under way
                 state, reason = "up", None
-            elif self._has_verdict and self._pace.failures_in_a_row < 2:
+            elif self._has_verdict and self._pace.failures_in_a_row < 2 and not is_paused:
                 continue
             else:
                 state, reason = STATE_OF[outcome.reason], outcome.detail
             since = health.since if state == health.state else at
             health = Health(state, reason, since, retry_at=health.retry_at)
-            if outcome.wait_s:
+            if outcome.wait_s and outcome.reason == "rate_limited":
                 health = health._replace(retry_at=at + outcome.wait_s)
         due = self._pace.next_due(now)
         if health.state == "up":
@@ -364,7 +367,7 @@ class Flusher:
         wall = time.time()
         self._ledger.sweep_batches(wall)
         self._ledger.keep_reserve()
-        if self._server_skew_s is None or abs(self._server_skew_s) > MAX_CLOCK_SKEW_S:
+        if self._server_ahead_s is None or abs(wall - now - self._server_ahead_s) > MAX_CLOCK_SKEW_S:
             return  # a host that boots a year ahead must not lose its window
         if self._ledger.prune(wall - self._options.retention_days * 86_400):
             self._ledger.give_space_back()

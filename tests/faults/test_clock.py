@@ -118,6 +118,36 @@ def test_a_host_that_boots_in_1970_queues_and_what_it_delivers_is_kept(bench, wa
     assert b.states() == {"delivered": 2}
 
 
+@pytest.mark.parametrize("step", [YEAR, -YEAR], ids=["+1y", "-1y"])
+def test_a_clock_that_steps_while_nothing_is_sent_does_not_cost_the_dedup_window(bench, wall, step):
+    """The last answer said that the clock was right; that was before the step."""
+    b = bench(retention_days=30.0)
+    b.queue("a", 3)
+    for _ in range(3):
+        b.step()
+        b.answer(("a", DELIVERED._replace(server_time=time.time())))
+    wall.tick(step)
+    for _ in range(5):
+        b.step(after=MAINTENANCE_S + 1)
+
+    assert b.states() == {"delivered": 3}
+
+
+def test_only_the_apis_own_date_says_that_the_clock_is_right(bench, wall):
+    """A portal on a host that is a year ahead too agrees with us, and must not have a say."""
+    b = bench()
+    b.queue("a", 2)
+    b.step()
+    b.answer(("a", DELIVERED._replace(server_time=time.time())))
+    wall.tick(YEAR)
+    for _ in range(3):
+        b.step(after=MAINTENANCE_S)
+        for product in list(b.wire._waiting):
+            b.answer((product, UNAVAILABLE._replace(server_time=time.time())))
+
+    assert b.states() == {"delivered": 1, "pending": 1}
+
+
 # --- 45 days
 
 

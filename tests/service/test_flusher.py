@@ -706,3 +706,23 @@ def test_other_settings_take_effect_for_the_next_request(bench):
     while len(b.flusher._arrived) < 3:
         b.flusher._take(PATIENCE_S)
     b.flusher.configure(b.wire, Options(concurrency=1), HERE)
+
+
+def test_a_rate_limit_is_told_while_it_runs_whatever_was_under_way(bench):
+    """Answers that were on their way do not end it; a restart respects it."""
+    b = bench(concurrency=4)
+    for product in "abcdef":
+        b.queue(product)
+    b.step()
+    limited = Outcome("rate_limited", "slow down", http_status=429, wait_s=600.0)
+    b.answer(("a", limited), ("b", DELIVERED), ("c", DELIVERED), ("d", DELIVERED))
+    _, health, _ = b.ledger.destination()
+    again = Flusher(b.ledger, b.wire, Options(), HERE)
+
+    assert (health.state, health.reason) == ("rate_limited", "slow down")
+    assert health.next_attempt_at is not None
+    assert 590 < again._pace.paused_until - time.monotonic() <= 600
+    assert b.step(after=599.0) == []
+    assert sorted(b.step(after=2.0)) == ["a", "e", "f"]
+    b.answer_all(DELIVERED)
+    assert b.ledger.destination()[1].state == "up"
