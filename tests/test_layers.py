@@ -39,7 +39,8 @@ ALLOWED = {
     "ledger": {"batches", "creation", "damage", "errors", "migration", "outbox", "records", "reserve", "settling", "storage", "text"},
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
     "tls": {"errors"},
-    "delivery": {"errors", "outcomes", "text", "tls", "urls"},
+    "network": set(),
+    "delivery": {"errors", "network", "outcomes", "text", "tls", "urls"},
     "logs": {"text"},
     "loopback": set(),
     # Level 2, services.
@@ -106,7 +107,7 @@ def test_decisions_touch_neither_world_nor_clock(module):
     assert not {name.split(".")[0] for name in imported(module)} & IMPURE
 
 
-def test_only_delivery_knows_httpx():
+def test_only_delivery_and_its_network_know_httpx():
     users = {module for module in ALLOWED if {"httpx", "httpcore"} & {name.split(".")[0] for name in imported(module)}}
 
-    assert users == {"delivery"}
+    assert users == {"delivery", "network"}

@@ -42,7 +42,7 @@ class Account:
 def sending(settings: Settings, env: Mapping[str, str], account: Account) -> tuple[Sender, Options, Destination]:
     """Return a sender as configured, its options and where it sends to; raises ConfigError."""
     proxy = urls.proxy_for(settings.api_url, (settings.proxy, settings.no_proxy), env)
-    target = Target(settings.api_url, settings.timeout, settings.concurrency, settings.ca_bundle, proxy)
+    target = Target(settings.api_url, settings.timeout, settings.ca_bundle, proxy)
     sender = Sender(target, lambda: account.read_key(settings, env))
     options = Options(**{name: settings.values[name] for name in Options._fields})
     return sender, options, configured(settings, env)

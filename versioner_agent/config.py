@@ -6,6 +6,7 @@ never tested: only "no such file" means absent. The API key is not a setting tha
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -17,6 +18,8 @@ from versioner_agent.errors import ConfigError
 DEFAULT_API_URL = "https://api.versioner.io"
 SYSTEM_FILE = "/etc/versioner-agent/config.toml"
 APP_NAME = "versioner-agent"
+MAX_FILE_BYTES = 1024 * 1024
+MAX_KEY_BYTES = 4096
 
 
 class Option(NamedTuple):
@@ -241,13 +244,13 @@ def _unknown_keys(file: File) -> list[str]:
 
 def _read(path: str) -> File | None:
     try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            data = file.read()
+        data, mode = _contents(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         return None
     except OSError as exc:
         raise ConfigError([f"can't read {path}: {exc.strerror}"]) from exc
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError([f"{path}: over {MAX_FILE_BYTES} bytes, which is no configuration file"])
     if not data.strip():
         return File(path, {})
     import tomllib  # 3 ms, only where there is a file
@@ -266,14 +269,26 @@ def _read(path: str) -> File | None:
 
 def _read_key_file(path: str, *, missing_is_error: bool) -> str:
     try:
-        with open(path, "rb") as file:
-            return file.read(4096).decode("utf-8", "replace").strip()
+        return _contents(path, MAX_KEY_BYTES)[0].decode("utf-8", "replace").strip()
     except FileNotFoundError as exc:
         if not missing_is_error:
             return ""
         raise ConfigError([f"api_key_file: {path} does not exist"]) from exc
     except OSError as exc:
         raise ConfigError([f"can't read the API key from {path}: {exc.strerror}"]) from exc
+
+
+def _contents(path: str, most: int) -> tuple[bytes, int]:
+    """Return the content, of which at most one byte more than *most*, and the mode of a file; raises OSError.
+
+    A pipe is refused: its writer may never come, which must not hold up a build, or the agent.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with open(fd, "rb") as file:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISFIFO(mode):
+            raise OSError(errno.ESPIPE, "it is a pipe, not a file")
+        return file.read(most + 1), mode
 
 
 def _user_directory(purpose: str, env: Mapping[str, str]) -> str:

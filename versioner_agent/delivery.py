@@ -1,26 +1,25 @@
-"""Sending one event over HTTP: `send` returns an Outcome and never raises. The only module that knows httpx.
+"""Sending one event over HTTP: `send` returns an Outcome and never raises. One exchange: no redirects, no cookies.
 
-Every POST has one deadline over name resolution, connecting, TLS, headers and body; httpx's own timeouts are per
-operation, so a server dripping a byte a second could hold a request for ever. A network backend caps each socket
-operation at the time left. Redirects are never followed: the key would go along.
+A redirect is never followed, for the key would go along. A connection that was kept from the exchange before may have
+been closed meanwhile: then the same request is sent once more on a new one, within the same deadline.
 """
 
 from __future__ import annotations
 
-import socket
 import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import httpcore
 import httpx
 
-from versioner_agent import __version__, tls
+from versioner_agent import __version__, network, tls
 from versioner_agent.errors import ConfigError
+from versioner_agent.network import Line, Proxy
 from versioner_agent.outcomes import Outcome, classify, no_answer, no_key, proxy_refused
 from versioner_agent.text import key_account
 from versioner_agent.urls import place_of
@@ -28,9 +27,12 @@ from versioner_agent.urls import place_of
 MAX_ANSWER_BYTES = 64 * 1024
 ENDPOINTS = {"build": "/build-events/", "deployment": "/deployment-events/"}
 USER_AGENT = f"versioner-agent/{__version__}"
-
-#: The deadline (monotonic seconds) of the request this thread is making.
-_current = threading.local()
+_HEADERS = {
+    "Content-Type": "application/json",
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": USER_AGENT,
+}
 
 
 class Target(NamedTuple):
@@ -38,32 +40,27 @@ class Target(NamedTuple):
 
     api_url: str
     timeout: float = 30.0  # seconds, for one whole POST
-    concurrency: int = 4
     ca_bundle: str | None = None
     proxy: str | None = None  # already decided for api_url
 
 
 class Sender:
-    """One HTTP client for all threads; connections are kept alive between events."""
+    """Sends from any number of threads, each over a line of its own; connections are kept alive between events."""
 
     def __init__(self, target: Target, read_key: Callable[[], str | None]) -> None:
-        """Prepare the client; *read_key* is asked before each POST. Raises ConfigError for an unusable target."""
+        """Prepare; *read_key* is asked before each POST. Raises ConfigError for an unusable target."""
         self._target = target
         self._read_key = read_key
         self._context, self._store = tls.trust(target.ca_bundle)
-        self._urls = {kind: httpx.URL(target.api_url.rstrip("/") + path) for kind, path in ENDPOINTS.items()}
-        self._client = httpx.Client(
-            transport=_Transport(_pool(target, self._context)),
-            headers={
-                "Content-Type": "application/json",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",
-                "User-Agent": USER_AGENT,
-            },
-            timeout=target.timeout,
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self._proxy = _proxy(target.proxy) if target.proxy else None
+        try:
+            self._urls = {kind: httpx.URL(target.api_url.rstrip("/") + path) for kind, path in ENDPOINTS.items()}
+            self._new_line().close()
+        except (httpx.InvalidURL, ValueError, TypeError) as exc:
+            raise ConfigError([f"api_url or proxy can't be used: {type(exc).__name__}"]) from exc
+        self._own = threading.local()
+        self._lines: set[Line] = set()
+        self._guard = threading.Lock()
 
     def send(self, kind: str, payload: bytes, idempotency_key: str) -> Outcome:
         """POST one event and return what came of it."""
@@ -73,31 +70,70 @@ class Sender:
             return no_key(exc.message)
         if not key:
             return no_key("there is no API key (VERSIONER_API_KEY, or a file named by api_key_file)")
-        _current.deadline = time.monotonic() + self._target.timeout
-        return self._attempt(kind, payload, idempotency_key, key)._replace(account=key_account(key))
+        network.current.deadline = time.monotonic() + self._target.timeout
+        headers = {**_HEADERS, "Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}
+        request = httpx.Request("POST", self._urls[kind], headers=headers, content=payload)
+        return _without(key, self._attempt(request, key))._replace(account=key_account(key))
 
     def close(self) -> None:
         """Close all connections; requests under way end as unanswered."""
-        self._client.close()
+        with self._guard:
+            lines, self._lines = self._lines, set()
+        for line in lines:
+            line.close()
 
-    def _attempt(self, kind: str, payload: bytes, idempotency_key: str, key: str) -> Outcome:
-        try:
-            return self._post(
-                kind, payload, {"Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}, key
-            )
-        except Exception as exc:  # noqa: BLE001  # whatever the network does, it is an outcome
-            return self._failure(exc, key)
-
-    def _post(self, kind: str, payload: bytes, headers: dict[str, str], key: str) -> Outcome:
-        with self._client.stream("POST", self._urls[kind], content=payload, headers=headers) as response:
-            status, named = response.status_code, dict(response.headers)
+    def _attempt(self, request: httpx.Request, key: str) -> Outcome:
+        for is_last in (False, True):
+            line = self._line()
+            was_connected = line.is_connected
             try:
-                body = _read(response.iter_raw(), named.get("content-encoding", ""))
-            except zlib.error:
-                return no_answer(f"HTTP {status} with a body that is not {named.get('content-encoding')}, as it says")
-            if body is None:
-                return no_answer(f"HTTP {status} with an answer of over {MAX_ANSWER_BYTES} bytes")
-            return _without(key, classify(status, named, body.replace(key.encode(), b"***"), time.time()))
+                outcome = self._exchange(line, request, key)
+            except Exception as exc:  # noqa: BLE001  # whatever the network does, it is an outcome
+                self._drop(line)
+                is_stale = was_connected and not network.current.received and isinstance(exc, _STALE)
+                if is_last or not is_stale or network.is_over():
+                    return self._failure(exc, key)
+            else:
+                if not line.finish():
+                    self._drop(line)
+                return outcome
+        raise AssertionError("unreachable: the last turn returns")
+
+    def _exchange(self, line: Line, request: httpx.Request, key: str) -> Outcome:
+        response = line.handle_request(request)
+        status, headers = response.status_code, dict(response.headers)
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        try:
+            body = _read(response.stream, headers.get("content-encoding", ""))
+        except zlib.error:
+            body = None
+            problem = f"HTTP {status} with a body that is not {headers.get('content-encoding')}, as it says"
+        else:
+            problem = f"HTTP {status} with an answer of over {MAX_ANSWER_BYTES} bytes"
+        response.stream.close()
+        if body is None:
+            return no_answer(problem)
+        outcome = classify(status, headers, body.replace(key.encode(), b"***"), time.time())
+        if outcome.reason == "proxy" and self._target.proxy:
+            return outcome._replace(detail=f"the proxy {place_of(self._target.proxy)}: {outcome.detail}")
+        return outcome
+
+    def _line(self) -> Line:
+        """Return this thread's line."""
+        line: Line | None = getattr(self._own, "line", None)
+        if line is None or line not in self._lines:
+            line = self._own.line = self._new_line()
+            with self._guard:
+                self._lines.add(line)
+        return line
+
+    def _new_line(self) -> Line:
+        return Line(self._context, self._proxy)
+
+    def _drop(self, line: Line) -> None:
+        with self._guard:
+            self._lines.discard(line)
+        line.close()
 
     def _failure(self, exc: Exception, key: str) -> Outcome:
         url = urlsplit(self._target.api_url)
@@ -111,106 +147,22 @@ class Sender:
             return proxy_refused(f"the proxy {place_of(self._target.proxy or '')} refused: {words}", status)
         refused = _cause(exc, ssl.SSLCertVerificationError)
         if isinstance(refused, ssl.SSLCertVerificationError):
-            left = None if self._target.proxy else max(0.1, min(5.0, _time_left()))
-            return no_answer(tls.explain(refused, self._store, host, port, left))
-        if isinstance(exc, httpcore.TimeoutException):
+            return no_answer(self._untrusted(refused, host, port))
+        if isinstance(exc, httpcore.TimeoutException) or network.is_over():
             return no_answer(f"no complete answer from {where} within {self._target.timeout:g} s")
         words = " ".join(str(exc).replace(key, "***").split()) or type(exc).__name__
         return no_answer(f"{_WHAT.get(type(exc), 'request failed')} ({where}): {words}")
 
-
-class _Transport(httpx.BaseTransport):
-    """httpx over our own connection pool, for httpx offers no way to pass a network backend."""
-
-    def __init__(self, pool: httpcore.ConnectionPool) -> None:
-        self._pool = pool
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        assert isinstance(request.stream, httpx.SyncByteStream)
-        answer = self._pool.handle_request(
-            httpcore.Request(
-                method=request.method,
-                url=httpcore.URL(
-                    scheme=request.url.raw_scheme,
-                    host=request.url.raw_host,
-                    port=request.url.port,
-                    target=request.url.raw_path,
-                ),
-                headers=request.headers.raw,
-                content=request.stream,
-                extensions=request.extensions,
-            )
-        )
-        assert isinstance(answer.stream, Iterable)
-        return httpx.Response(status_code=answer.status, headers=answer.headers, stream=_Stream(answer.stream))
-
-    def close(self) -> None:
-        self._pool.close()
+    def _untrusted(self, exc: ssl.SSLCertVerificationError, host: str, port: int) -> str:
+        """Say whose certificate was refused, the proxy's or the API's, and who issued it where that can be seen."""
+        proxy = urlsplit(self._target.proxy or "")
+        if network.current.tls_host == proxy.hostname:
+            host, port = proxy.hostname or "", proxy.port or 443
+        is_seen = not self._target.proxy or host == proxy.hostname
+        certificate = network.certificate_of(host, port) if is_seen and not network.is_over() else None
+        return tls.explain(exc, self._store, host, certificate)
 
 
-class _Stream(httpx.SyncByteStream):
-    def __init__(self, stream: Iterable[bytes]) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._stream
-
-    def close(self) -> None:
-        close = getattr(self._stream, "close", None)
-        if close is not None:
-            close()
-
-
-class _DeadlineBackend(httpcore.SyncBackend):
-    """Caps every socket operation at what is left of the POST's deadline."""
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ARG002  # ours is tighter
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        addresses = _resolve(host, port)
-        failure: Exception = httpcore.ConnectError(f"{host} has no address")
-        for tried, address in enumerate(addresses):
-            # An address that swallows packets must leave time for the next one.
-            share = _time_left() / (len(addresses) - tried)
-            try:
-                stream = super().connect_tcp(address, port, share, local_address, socket_options)
-                return _DeadlineStream(stream)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
-                failure = exc
-        raise failure
-
-
-class _DeadlineStream(httpcore.NetworkStream):
-    def __init__(self, stream: httpcore.NetworkStream) -> None:
-        self._stream = stream
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002
-        return self._stream.read(max_bytes, _time_left())
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002
-        self._stream.write(buffer, _time_left())
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ARG002
-    ) -> httpcore.NetworkStream:
-        return _DeadlineStream(self._stream.start_tls(ssl_context, server_hostname, _time_left()))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
-
-
-_COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
 #: What failed, in words, by httpcore's class.
 _WHAT: dict[type[Exception], str] = {
     httpcore.ConnectError: "can't connect",
@@ -220,6 +172,9 @@ _WHAT: dict[type[Exception], str] = {
     httpcore.LocalProtocolError: "the request can't be written as HTTP",
     httpcore.UnsupportedProtocol: "unsupported URL",
 }
+#: How a connection fails that the other side had closed before it was used again.
+_STALE = (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError)
+_COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
 
 
 def _read(chunks: Iterable[bytes], encoding: str) -> bytes | None:
@@ -246,53 +201,18 @@ def _without(key: str, outcome: Outcome) -> Outcome:
     return outcome._replace(**quoted)
 
 
-def _pool(target: Target, context: ssl.SSLContext) -> httpcore.ConnectionPool:
-    shared: dict[str, Any] = {
-        "ssl_context": context,
-        "max_connections": target.concurrency,
-        "max_keepalive_connections": target.concurrency,
-        "keepalive_expiry": 5.0,
-        "network_backend": _DeadlineBackend(),
-    }
-    if target.proxy is None:
-        return httpcore.ConnectionPool(**shared)
-    url = urlsplit(target.proxy)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ConfigError([f"proxy: {place_of(target.proxy)} must be an http:// or https:// URL"])
-    auth = (unquote(url.username or ""), unquote(url.password or "")) if url.username else None
-    place = f"{url.scheme}://{place_of(target.proxy)}"
-    return httpcore.HTTPProxy(place, proxy_auth=auth, **shared)
-
-
-def _resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of *host* within the deadline; raises httpcore.ConnectError or ConnectTimeout.
-
-    In a thread, because getaddrinfo(3) knows no timeout and can hang for half a minute on a dead resolver.
-    """
-    found: list[Any] = []
-
-    def look_up() -> None:
-        try:
-            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as exc:
-            found.append(exc)
-
-    thread = threading.Thread(target=look_up, daemon=True)
-    thread.start()
-    thread.join(_time_left())
-    if not found:
-        raise httpcore.ConnectTimeout(f"the name {host} was not resolved in time")
-    if isinstance(found[0], Exception):
-        raise httpcore.ConnectError(f"the name {host} can't be resolved: {found[0]}") from found[0]
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found[0]))
-
-
-def _time_left() -> float:
-    """Return the seconds left of this thread's POST; raises httpcore.ReadTimeout when there are none."""
-    left = float(_current.deadline) - time.monotonic()
-    if left <= 0:
-        raise httpcore.ReadTimeout("the deadline passed")
-    return left
+def _proxy(given: str) -> Proxy:
+    """Read a proxy's URL; raises ConfigError, without quoting it: it may hold a password."""
+    try:
+        url = httpx.URL(given)
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ConfigError([f"proxy: {place_of(given)} must be an http:// or https:// URL"])
+        auth = (unquote(url.username).encode(), unquote(url.password).encode()) if url.username else None
+        return Proxy(str(url.copy_with(username=None, password=None, path="/", query=None, fragment=None)), auth)
+    except (httpx.InvalidURL, ValueError, TypeError) as exc:
+        raise ConfigError(
+            ["proxy: not a URL; characters like / # : @ in a password are written as %2F and so on"]
+        ) from exc
 
 
 def _cause(exc: BaseException | None, wanted: type[BaseException]) -> BaseException | None:

@@ -31,6 +31,11 @@ class AgentError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def lines(self) -> list[str]:
+        """The message as people are shown it: a line break in one of these is somebody else's."""
+        return [self.message]
+
 
 class UsageError(AgentError):
     """The call itself makes no sense."""
@@ -43,8 +48,13 @@ class ValidationError(UsageError):
 
     def __init__(self, problems: list[str], hint: str | None = None) -> None:
         """Join *problems* (one line each) into the message."""
-        super().__init__(_joined("invalid event", problems), hint)
+        super().__init__("\n  ".join(_listed("invalid event", problems)), hint)
         self.problems = problems
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for each problem, if there are several."""
+        return _listed("invalid event", self.problems)
 
 
 class ConfigError(AgentError):
@@ -55,8 +65,13 @@ class ConfigError(AgentError):
     def __init__(self, problems: list[str] | str, hint: str | None = None) -> None:
         """Join *problems* (one line each) into the message."""
         listed = [problems] if isinstance(problems, str) else problems
-        super().__init__(_joined("configuration", listed), hint)
+        super().__init__("\n  ".join(_listed("configuration", listed)), hint)
         self.problems = listed
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for each problem, if there are several."""
+        return _listed("configuration", self.problems)
 
 
 class OtherDestination(ConfigError):
@@ -99,8 +114,8 @@ class LockHeld(AgentError):
     """Another agent holds the flusher lock."""
 
 
-def _joined(title: str, problems: list[str]) -> str:
+def _listed(title: str, problems: list[str]) -> list[str]:
     shown = problems[:MAX_PROBLEMS_SHOWN]
     if len(problems) > len(shown):
         shown = [*shown, f"… and {len(problems) - len(shown)} more"]
-    return f"{title}: {shown[0]}" if len(shown) == 1 else "\n  ".join([f"{title}:", *shown])
+    return [f"{title}: {shown[0]}"] if len(shown) == 1 else [f"{title}:", *shown]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def classify(status: int, headers: Mapping[str, str], body: bytes, now: float) -
         rule=rule.get("rule"),
         retry_after=rule.get("retry_after"),
         wait_s=retry_after_s(headers.get("retry-after"), server_time, now)
-        if status in _WAIT or status >= 500
+        if reason in ("rate_limited", "unavailable")
         else None,
         # A proven 500/501, or a filter's 403/413, may be about this one body.
         counts=(status in (500, 501) and words is not None) or (status in (403, 413) and words is None),
@@ -152,7 +153,7 @@ def _reason(status: int, answer: dict[str, Any] | None, *, has_id: bool, has_wor
         return "unauthorized"  # 6
     if status in _MISROUTED:
         return "misrouted"  # 7
-    if status in _RULE or (status == 409 and _rule(answer).get("code")):
+    if status in _RULE or (status == 409 and _rule(answer).get("code") not in (None, "409")):
         return "blocked"  # 9, before 8: a rule's 409 is told from a conflict by its code
     if status == 409:
         return "conflict"  # 8
@@ -253,6 +254,8 @@ def _http_date(value: str | None) -> float | None:
     if not value or len(value) > 100:
         return None
     try:
-        return parsedate_to_datetime(value).timestamp()
+        date = parsedate_to_datetime(value)
+        # RFC 9110 section 5.6.7: all of them are GMT, though the oldest form does not say so.
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError, IndexError):
         return None

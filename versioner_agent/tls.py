@@ -1,15 +1,15 @@
 """Trust: which certificates to believe, and what to say when one is not believed.
 
 The operating system's store is used, as curl and the official CLI do, so that a company's own authority installed on
-the host is enough. When a certificate is refused, a second handshake without data reads who issued it, for "certificate
-verify failed" alone sends people to the wrong place.
+the host is enough. When a certificate is refused, people are told who issued it, for "certificate verify failed" alone
+sends them to the wrong place.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import ssl
+from contextlib import suppress
 
 from versioner_agent.errors import ConfigError
 
@@ -31,6 +31,8 @@ def trust(ca_bundle: str | None) -> tuple[ssl.SSLContext, str]:
     """
     if ca_bundle:
         try:
+            if not os.path.isfile(ca_bundle):
+                raise FileNotFoundError(2, "there is no such file")  # nor a pipe, whose writer may never come
             return ssl.create_default_context(cafile=ca_bundle), f"ca_bundle {ca_bundle}"
         except (OSError, ssl.SSLError) as exc:
             raise ConfigError([f"ca_bundle: can't read certificates from {ca_bundle}: {exc}"]) from exc
@@ -46,28 +48,15 @@ def trust(ca_bundle: str | None) -> tuple[ssl.SSLContext, str]:
     return ssl.create_default_context(), "an empty trust store"
 
 
-def explain(exc: ssl.SSLCertVerificationError, store: str, host: str, port: int, timeout: float | None) -> str:
-    """Say why a certificate was refused: the reason, its issuer where it can be read, and the store used."""
+def explain(exc: ssl.SSLCertVerificationError, store: str, host: str, certificate: bytes | None) -> str:
+    """Say why *certificate* (DER, None where it could not be seen) was refused, who issued it, and the store used."""
     reason = exc.verify_message or str(exc)
-    issuer = issuer_of(host, port, timeout) if timeout else None
+    issuer = None
+    if certificate:
+        with suppress(ValueError):
+            issuer = issuer_name(certificate)
     issued = f" (issued by {issuer})" if issuer else ""
     return f"the certificate of {host}{issued} is not trusted: {reason}; checked against {store}"
-
-
-def issuer_of(host: str, port: int, timeout: float) -> str | None:
-    """Return the issuer of the certificate that *host* shows; None where it can't be read within *timeout* seconds."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # nothing is sent over this connection
-    try:
-        with (
-            socket.create_connection((host, port), timeout=timeout) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
-        ):
-            certificate = secure.getpeercert(binary_form=True)
-        return issuer_name(certificate) if certificate else None
-    except (OSError, ValueError):
-        return None
 
 
 def issuer_name(certificate: bytes) -> str | None:

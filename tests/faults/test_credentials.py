@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from host import KEY, eventually
 from scripted import accepted, refused
@@ -118,3 +120,29 @@ def test_a_revoked_key_ends_a_flush_with_75_and_the_reason(host):
     assert done.returncode == 75
     assert b"unauthorized: Invalid API key" in done.stderr
     assert host.counts() == {"pending": 1}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "endless", "not UTF-8"])
+def test_a_key_file_that_becomes_something_else_is_named_and_gets_over_it(host, api, kind):
+    host.key_file.write_text(NEW_KEY)
+    agent = host.agent()
+    host.queue("payments")
+    eventually(lambda: host.counts() == {"delivered": 1})
+    host.key_file.unlink()
+    if kind == "pipe":
+        os.mkfifo(host.key_file)
+    elif kind == "directory":
+        host.key_file.mkdir()
+    elif kind == "endless":
+        host.key_file.symlink_to("/dev/zero")
+    else:
+        host.key_file.write_bytes(b"sk_acme_\xff\xfe")
+    host.queue("payments", first=2)
+    eventually(lambda: host.health().state == "unauthorized")
+
+    assert str(host.key_file) in host.health().reason
+    assert host.counts() == {"delivered": 1, "pending": 1}
+    host.key_file.rmdir() if kind == "directory" else host.key_file.unlink()
+    host.key_file.write_text(NEW_KEY)
+    eventually(lambda: host.counts() == {"delivered": 2})
+    assert host.end(agent) == 0

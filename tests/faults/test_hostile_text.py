@@ -139,3 +139,17 @@ def test_answers_of_any_size_are_stored_bounded(host, form):
     assert len(record.detail) <= 2000
     assert all(len(value or "") <= 2000 for value in (record.code, record.rule, record.retry_after, attempts[0].detail))
     assert all(len(line) < 3000 for line in host.run("list").stdout.decode().splitlines())
+
+
+@pytest.mark.parametrize("words", [HOSTILE["newlines"], HOSTILE["escapes"]], ids=ascii)
+def test_paths_in_errors_are_one_harmless_line(host, words, tmp_path):
+    name = words.replace("/", "_")
+    directory = tmp_path / name
+    directory.mkdir()
+    for args in (("--config", directory), ("--db", directory / "missing" / "outbox.db"), ("--db", directory)):
+        done = host.run("enqueue", "build", "--product", "p", "--version", "1", args[0], str(args[1]))
+        said = check_harmless(done.stderr)
+        assert done.returncode in (1, 3)
+        assert len([line for line in said if line]) <= 2
+    done = host.run("run", "--ca-bundle", str(directory))
+    assert len([line for line in check_harmless(done.stderr) if line]) <= 2

@@ -10,11 +10,12 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
 from authority import Authority, needs_openssl
 from host import eventually, free_port
-from scripted import Reaction, accepted, answer, closed, dripped, hanging, raw, reset
+from scripted import Reaction, accepted, answer, closed, dripped, hanging, raw, refused, reset
 
 OK = b'{"id": "evt-1"}'
 PORTAL = b"<html><title>Welcome to Hotel Wi-Fi</title><form action='/login'></form></html>"
@@ -300,4 +301,148 @@ def test_a_proxy_that_is_not_there(host_for):
     agent = host.agent(HTTPS_PROXY=f"http://127.0.0.1:{port}")
 
     waits(host, "down", f"can't connect .*through the proxy 127.0.0.1:{port}")
+    assert host.end(agent) == 0
+
+
+@needs_openssl
+def test_an_https_proxy_is_checked_against_ca_bundle_and_named(host_for, serve, authority):
+    """Its certificate is its own business, not the API's."""
+    proxy = serve(tls=authority.context(names=["IP:127.0.0.1"]))
+    host = host_for("https://api.nowhere.invalid")
+    host.queue("payments")
+    agent = host.agent(HTTPS_PROXY=proxy.url)
+    waits(host, "down", "the certificate of 127.0.0.1 .*is not trusted")
+    assert host.end(agent) == 0
+    proxy.script = lambda _: answer(403, b"no", connection="close")
+    agent = host.agent(HTTPS_PROXY=proxy.url, VERSIONER_AGENT_CA_BUNDLE=str(authority.certificate))
+    eventually(lambda: host.health().state == "proxy")
+    assert host.end(agent) == 0
+
+
+def through(port):
+    """Answer a CONNECT by leading to *port*."""
+
+    def act(server, connection):
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", port)) as inner:
+            back = threading.Thread(target=pump, args=(inner, connection), daemon=True)
+            back.start()
+            pump(connection, inner)
+            back.join(5)
+
+    return Reaction(act)
+
+
+def pump(source, sink):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    "broken",
+    [raw(b"HTTP/1.1 200 OK\r\n\r\n"), raw(b"HTTP/1.1 200 OK\r\n\r\ngarbage"), raw(b"HTTP/1.1 204 No\r\n\r\n"), closed()],
+    ids=["then closed", "then garbage", "204", "closed"],
+)  # fmt: skip
+def test_an_agent_is_not_worn_out_by_a_proxy_whose_tunnels_break(host_for, serve, authority, broken):
+    """More of them than there are connections; when the tunnel holds, the event goes."""
+    api = serve(lambda seen: accepted(f"evt-{seen.key}"), tls=authority.context(names=["DNS:api.example.test"]))
+    proxy = serve(lambda _: broken)
+    host = host_for("https://api.example.test")
+    host.queue("payments")
+    agent = host.agent(
+        HTTPS_PROXY=proxy.url, VERSIONER_AGENT_CA_BUNDLE=str(authority.certificate), VERSIONER_AGENT_TIMEOUT="3"
+    )
+    proxy.wait_for(12)
+    proxy.script = lambda _: through(api.port)
+
+    eventually(lambda: host.counts() == {"delivered": 1})
+    assert host.end(agent) == 0
+
+
+# --- what is left over, and what was closed
+
+
+def two(first, second):
+    """Two answers in one go, to one request."""
+
+    def act(_, connection):
+        connection.sendall(
+            b"".join(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(b), b) for b in (first, second))
+        )
+
+    return Reaction(act, keeps=True)
+
+
+@pytest.mark.parametrize(
+    "leftover",
+    [
+        lambda: two(b'{"id": "first"}', b'{"id": "smuggled"}'),
+        lambda: Reaction(lambda _, c: c.sendall(b"HTTP/1.1 304 Not Modified\r\n\r\n" + OK), keeps=True),
+        lambda: Reaction(lambda _, c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n" + OK), keeps=True),
+    ],
+    ids=["a second answer", "a 304 with a body", "a length too small"],
+)
+def test_what_is_left_over_of_one_answer_is_not_taken_for_the_next(host_for, serve, leftover):
+    def script(seen):
+        if seen.event["version"] == "1" and not seen.number:
+            return leftover()
+        return refused(409, "exists") if seen.event["version"] == "2" else accepted(f"evt-{seen.event['version']}")
+
+    server = serve(script)
+    host = host_for(server.url)
+    host.queue("payments", 3)
+    host.agent()
+
+    eventually(lambda: host.counts() == {"delivered": 2, "failed": 1})
+    assert host.record(1)[0].server_id in ("first", "evt-1")
+    assert host.record(2)[0].reason == "conflict"
+    assert host.record(3)[0].server_id == "evt-3"
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.02])
+def test_a_server_that_closes_after_each_answer_costs_no_try(host_for, serve, pause_s):
+    """A connection found closed is no failure of the API: the same request goes once more, on a new one."""
+
+    def act(server, connection):
+        accepted().act(server, connection)
+        server.stopping.wait(pause_s)
+
+    server = serve(lambda _: Reaction(act))
+    host = host_for(server.url)
+    host.queue("payments", 30)
+    assert host.run("flush", "--timeout", "30").returncode == 0
+
+    assert [host.record(number)[0].attempts for number in range(1, 31)] == [1] * 30
+    assert len(server.requests) == 30
+
+
+def test_a_server_that_takes_the_request_in_drips_is_cut_off_by_the_deadline(host_for, serve):
+    """Each byte that it takes is progress to a socket; only a total deadline ends it."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(8)
+    taken, stop = [], threading.Event()
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            while not stop.wait(0.05) and (data := connection.recv(200)):
+                taken.append(len(data))
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    host = host_for(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    host.queue("p", scm_branch="b" * 250_000)
+    agent = host.agent(**TIMEOUT)
+    eventually(lambda: host.record(1)[0].attempts > 0)
+    stop.set()
+    listener.close()
+    thread.join(10)
+
+    assert sum(taken) < 250_000
+    assert re.search(f"{SILENT}|connection broke", host.record(1)[0].detail)
     assert host.end(agent) == 0

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from scripted import accepted, answer, closed, dripped, hanging, raw, refused, reset
 
-from versioner_agent import __version__, binding, config
+from versioner_agent import __version__, binding, config, network
 from versioner_agent.delivery import MAX_ANSWER_BYTES, Sender, Target
 from versioner_agent.errors import ConfigError
 from versioner_agent.outcomes import Outcome
@@ -507,7 +507,7 @@ def test_whatever_is_raised_on_the_way_ends_as_an_outcome(monkeypatch, kind):
         def fail(*_args, **_kwargs):
             raise error
 
-        monkeypatch.setattr(sender._client, "stream", fail)
+        monkeypatch.setattr(network.Line, "handle_request", fail)
         outcome = sender.send("build", PAYLOAD, "event-1")
 
     assert isinstance(outcome, Outcome)
@@ -515,11 +515,11 @@ def test_whatever_is_raised_on_the_way_ends_as_an_outcome(monkeypatch, kind):
     assert "verysecret" not in repr(outcome)
 
 
-def test_senders_share_nothing_between_threads_but_the_client(serve):
-    """Each thread has its own deadline and its own answer."""
+def test_threads_share_nothing_of_a_sender(serve):
+    """Each has its own line, deadline and answer."""
     server = serve(lambda seen: accepted(json.loads(seen.body)["id"]))
     found = {}
-    with closing(Sender(Target(server.url, concurrency=4), lambda: KEY)) as sender:
+    with closing(Sender(Target(server.url), lambda: KEY)) as sender:
 
         def work(name):
             payload = json.dumps({"id": name}).encode()

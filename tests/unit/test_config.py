@@ -253,10 +253,10 @@ def test_unreadable_file_is_an_error(unprivileged):
 
 
 def test_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
-    def refuse(path, mode):
+    def refuse(path, flags):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
 
     assert problems_of(load, {}, {}, "/etc/x.toml") == ["can't read /etc/x.toml: Permission denied"]
 
@@ -362,3 +362,20 @@ def test_directories_are_those_of_platformdirs(monkeypatch, purpose, home):
     expected = {"config": platformdirs.user_config_dir, "state": platformdirs.user_state_dir}[purpose]
 
     assert config._user_directory(purpose, os.environ) == expected("versioner-agent", appauthor=False)
+
+
+@pytest.mark.parametrize("kind", ["config", "key"])
+def test_a_pipe_is_refused_at_once(tmp_path, kind):
+    """Its writer may never come."""
+    os.mkfifo(tmp_path / "pipe")
+    if kind == "config":
+        assert problems_of(load, {}, {}, str(tmp_path / "pipe")) == [
+            f"can't read {tmp_path}/pipe: it is a pipe, not a file"
+        ]
+    else:
+        settings = resolve({"api_key_file": str(tmp_path / "pipe")}, {}, [])
+        assert "it is a pipe" in problems_of(read_key, settings, {})[0]
+
+
+def test_a_file_without_end_is_no_configuration():
+    assert "which is no configuration file" in problems_of(load, {}, {}, "/dev/zero")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -74,7 +75,8 @@ def test_every_status_lands_as_the_table_says(body):
         assert outcome.was_sent
         assert outcome.server_id == ("evt_1" if outcome.reason == "delivered" else None)
         assert bool(outcome.detail) == (outcome.reason != "delivered")
-        assert outcome.wait_s == (7.0 if status in (408, 425, 429) or status >= 500 else None)
+        asks_for_time = status in (408, 425, 429) or (500 <= status <= 599 and status != 511)
+        assert outcome.wait_s == (7.0 if asks_for_time else None)
         is_proven = body in PROVEN
         assert outcome.counts == ((status in (500, 501) and is_proven) or (status in (403, 413) and not is_proven))
 
@@ -294,3 +296,22 @@ def test_what_happened_without_an_answer():
     assert not outcomes.no_answer("x").is_verdict
     assert outcomes.proxy_refused("no", 407).http_status == 407
     assert not outcomes.no_key("none").was_sent
+
+
+def test_a_status_written_into_a_conflict_names_no_rule():
+    assert classify(409, b'{"detail": "exists", "code": 409}').reason == "conflict"
+    assert classify(409, b'{"detail": "exists", "code": "CONCURRENT_DEPLOYMENT"}').reason == "blocked"
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Kolkata"])
+def test_a_date_without_a_zone_is_gmt(monkeypatch, zone):
+    """The oldest of the forms that RFC 9110 allows."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        outcome = classify(503, b"", date="Sun Nov  6 08:49:37 1994", retry_after="Sun, 06 Nov 1994 08:50:37 GMT")
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
+
+    assert outcome.wait_s == 60.0

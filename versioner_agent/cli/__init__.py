@@ -160,8 +160,7 @@ def report(exc: AgentError) -> None:
     """Say an error and the next action on stderr."""
     from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
 
-    lines = [printable(line) for line in exc.message.split("\n")]
-    click.echo(mask_keys("error: " + "\n".join(lines)), err=True)
+    click.echo(mask_keys("error: " + "\n  ".join(printable(line) for line in exc.lines)), err=True)
     if exc.hint:
         click.echo(mask_keys(f"hint: {printable(exc.hint)}"), err=True)
 

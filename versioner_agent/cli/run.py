@@ -20,6 +20,7 @@ def run(**options: Any) -> None:
     \b
     VERSIONER_API_KEY=sk_acme_k1_... versioner-agent run
     """
+    import logging
     import os  # noqa: PLC0415
 
     from versioner_agent import logs  # noqa: PLC0415
@@ -27,8 +28,9 @@ def run(**options: Any) -> None:
     from versioner_agent.config import Settings  # noqa: PLC0415
 
     def configured() -> Settings:
-        settings = load_settings(options)
+        settings = load_settings(options | {"verbose": False})
         logs.configure(settings.log_format, "debug" if options["verbose"] else settings.log_level)
+        logging.getLogger(__name__).debug("outbox %s (from %s)", settings.db, settings.sources["db"])
         return settings
 
     Agent(configured(), os.environ, configured).run()
