@@ -127,6 +127,9 @@ class Host:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
+        self.close_outbox()
+
+    def close_outbox(self):
         self._outbox.close()
 
 

@@ -70,7 +70,7 @@ class Agent:
                 if self._insist(lambda: _open(ledger, create=True)):
                     self._take_over(lock)
                 if self._insist(lambda: _migrate(ledger)):
-                    self._deliver(ledger)
+                    self._deliver(ledger, lock)
             finally:
                 lock.close()
                 store.close()
@@ -109,7 +109,7 @@ class Agent:
                     return
                 time.sleep(LOCK_POLL_S)
 
-    def _deliver(self, ledger: Ledger) -> None:
+    def _deliver(self, ledger: Ledger, lock: FlusherLock) -> None:
         account = binding.check(ledger, binding.configured(self._settings, self._env))
         sender, options, here = binding.sending(self._settings, self._env, account)
         if binding.key_or_none(self._settings, self._env) is None:
@@ -121,7 +121,7 @@ class Agent:
         )
         try:
             while not self._signals:
-                flusher.run(lambda: bool(self._signals) or self._wants_reload)
+                flusher.run(lambda: self._is_interrupted(lock))
                 if self._wants_reload and not self._signals:
                     sender = self._apply_reload(flusher, ledger, sender, account)
             unanswered = flusher.finish(GRACE_S)
@@ -131,6 +131,12 @@ class Agent:
             self._flusher = None
             sender.close()
         logger.info("stopped", extra={"action": "stop"})
+
+    def _is_interrupted(self, lock: FlusherLock) -> bool:
+        with _lock_errors(lock):
+            if not lock.renew():
+                raise LockHeld(f"the lock {lock.path} was removed, and another agent delivers from this outbox now")
+        return bool(self._signals) or self._wants_reload
 
     def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender, account: binding.Account) -> Sender:
         """Take the configuration as it is now, or keep the old one and say why."""
@@ -239,7 +245,7 @@ def _flush_own(
 
     def is_done() -> bool:
         on_progress(_pending_or_none(ledger))
-        is_over = time.monotonic() >= end or interrupted.signals > 0 or lock.is_agent_waiting()
+        is_over = time.monotonic() >= end or interrupted.signals > 0 or lock.is_agent_waiting() or not lock.renew()
         return is_over or flusher.is_drained()
 
     with _handled_by(interrupted.on_signal, signal.SIGTERM, signal.SIGINT):

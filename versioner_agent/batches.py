@@ -17,7 +17,8 @@ CHUNK_BYTES = 1024 * 1024  # of payloads, likewise; a single one may be a quarte
 INSERT_BATCH = "INSERT INTO batch (kind, created_at) VALUES (?, ?)"
 COUNT_BATCH = "UPDATE batch SET waiting = ? WHERE id = ?"
 PUBLISH_BATCH = "UPDATE batch SET published = 1 WHERE id = ?"
-FIND_PUBLISHED = "SELECT id FROM batch WHERE published = 1 ORDER BY id LIMIT 1"
+# What waits was published, in the same transaction, whatever has become of that bit.
+FIND_PUBLISHED = "SELECT id FROM batch WHERE published = 1 OR waiting > 0 ORDER BY id LIMIT 1"
 HAND_OVER = """
     UPDATE record SET state = 'pending' WHERE id IN (
         SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT ?

@@ -45,6 +45,10 @@ class Chooser:
         """Tell whether something may be sent at once."""
         return bool(self._ready)
 
+    def is_exhausted(self) -> bool:
+        """Tell whether every key has been seen and none is ready."""
+        return not self._ready and not self._ends_to_pass
+
     def next(self, now: float, busy: set[str]) -> tuple[Record, bytes] | None:
         """Return the next record to send and its payload, of a key neither in *busy* nor waiting."""
         if self._pace.is_open:

@@ -18,14 +18,14 @@ class Finding(NamedTuple):
     action: str = ""
 
 
-def examine(store: Store) -> list[Finding]:
-    """Run all checks."""
-    return [_outbox(store), *_past_damage(store)]
+def examine(store: Store, *, deep: bool) -> list[Finding]:
+    """Run all checks; *deep* reads the whole file, however large."""
+    return [_outbox(store, deep=deep), *_past_damage(store)]
 
 
-def _outbox(store: Store) -> Finding:
+def _outbox(store: Store, *, deep: bool) -> Finding:
     try:
-        found = damage.find(store)
+        found = damage.find(store, deep=deep)
         if found is not None:
             return Finding("outbox", "error", found.message, found.hint or "")
         bytes_ = review.stats(store).bytes
@@ -33,7 +33,8 @@ def _outbox(store: Store) -> Finding:
         return Finding("outbox", "ok", exc.message, exc.hint or "")
     except OutboxError as exc:
         return Finding("outbox", "error", exc.message, exc.hint or "")
-    how = "header and tables are" if damage.is_large(store) else "the whole file is"
+    is_whole = deep or not damage.is_large(store)
+    how = "the whole file is" if is_whole else "header and tables (--deep reads it all, while queuing waits) are"
     return Finding("outbox", "ok", f"{store.path} ({bytes_ / 1024:.0f} KiB): {how} sound")
 
 

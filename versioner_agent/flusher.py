@@ -98,6 +98,7 @@ class Flusher:
         self._look_at = 0.0
         self._mend_at = 0.0
         self._maintain_at = 0.0
+        self._left_over: int | None = None
         self._server_ahead_s: float | None = None  # the API's clock less the monotonic one
         self._has_verdict = False
         _, self._health, self._deliveries = ledger.destination()
@@ -359,14 +360,27 @@ class Flusher:
             return health._replace(next_attempt_at=None, retry_at=None)
         return health._replace(next_attempt_at=time.time() + max(0.0, due - now) if due is not None else None)
 
+    def _look_for_leftovers(self, now: float) -> None:
+        """Find out that a record waits though nothing does: the index of pending ones does not lead to it."""
+        oldest = None
+        if self._chooser.is_exhausted() and self._pace.next_due(now) is None:
+            oldest = self._ledger.oldest_pending()
+        # Twice, for it may have been queued since the keys were looked through.
+        is_left_over, self._left_over = oldest is not None and oldest == self._left_over, oldest
+        if is_left_over:
+            raise self._ledger.store.suspected(f"the pending record {oldest} can't be found by its product")
+
     def _maintain(self, now: float) -> None:
         """Look after the file, in small steps and only while nothing is to be sent."""
         if now < self._maintain_at or self._busy or self._chooser.has_ready():
             return
         self._maintain_at = now + MAINTENANCE_S
         wall = time.time()
+        self._ledger.store.keep_rollback_journal()
         self._ledger.sweep_batches(wall)
         self._ledger.keep_reserve()
+        self._ledger.check()
+        self._look_for_leftovers(now)
         if self._server_ahead_s is None or abs(wall - now - self._server_ahead_s) > MAX_CLOCK_SKEW_S:
             return  # a host that boots a year ahead must not lose its window
         if self._ledger.prune(wall - self._options.retention_days * 86_400):

@@ -7,25 +7,25 @@ Order is the outbox's id within an ordering key. Used only by whoever holds the 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from versioner_agent import damage, migration, reserve, settling
+from versioner_agent import mending, migration, reserve, settling
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
 from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.outbox import Destination
-from versioner_agent.records import COLUMNS, Record
+from versioner_agent.records import COLUMNS, Record, as_record, number, text
+from versioner_agent.schema import ALL_STATES
 from versioner_agent.settling import Settlement
-from versioner_agent.storage import Store
+from versioner_agent.storage import Store, placeholders
 from versioner_agent.text import bounded
 
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
 PRUNE_STEP = 200
 BATCH_ABANDONED_S = 3600.0
 KEPT_FREE_BYTES = 2 * ROOM_BYTES
-SMALL_STEP = 5
 BRIEF_CHARS = 200  # of the API's words, on a full disk
 
 
@@ -40,6 +40,12 @@ class Health(NamedTuple):
     since: float | None = None
     next_attempt_at: float | None = None
     retry_at: float | None = None  # a Retry-After that still runs
+
+
+def as_health(row: Sequence[Any]) -> Health:
+    """Return five columns of the destination as Health, each of its own type whatever a damaged file holds."""
+    state, reason, *times = row
+    return Health(text(state) or "unknown", text(reason), *(number(time) for time in times))
 
 
 class Seek(NamedTuple):
@@ -59,12 +65,26 @@ class Ledger:
         store.oldest_version = 1  # older ones are migrated before anything else is done with them
 
     def open(self, *, create: bool) -> Damage | None:
-        """Mend the outbox if it is damaged, make it if it is missing and *create*; returns what was mended."""
-        mended = damage.ensure_sound(self.store)
+        """Mend the outbox if it is damaged, make it if it is missing and *create*; returns what was mended.
+
+        Raises OutboxMissing where there is none and it is not made.
+        """
+        mended = mending.ensure_sound(self.store)
         if create:
             with self.store.write(create=True):
                 pass
+        try:
+            self.check()
+        except OutboxDamaged as found:
+            mended = self.mend(found) or mended
         return mended
+
+    def check(self) -> None:
+        """Read what is always there, also of a file too large to be looked through; raises OutboxDamaged."""
+        self.destination()
+        with self.store.read() as connection:
+            if connection.execute(READABLE_COUNTS, ALL_STATES).fetchone()[0] != len(ALL_STATES):
+                raise self.store.suspected("the counts of records by state are not readable")
 
     def migrate(self) -> str | None:
         """Bring the outbox to this program's schema; only while holding the flusher lock. See `migration.migrate`."""
@@ -72,7 +92,7 @@ class Ledger:
 
     def mend(self, found: OutboxDamaged) -> Damage | None:
         """Go on with what can be saved of a damaged file; None where somebody else has done it."""
-        return damage.mend(self.store, found)
+        return mending.mend(self.store, found)
 
     def keys(self, after: str, wanted: int, skip: Container[str]) -> Seek:
         """Find up to *wanted* ordering keys with pending records behind *after*, none of them in *skip*.
@@ -85,7 +105,9 @@ class Ledger:
                 row = connection.execute(NEXT_KEY, (after,)).fetchone()
                 if row is None:
                     return Seek(keys, "", is_end=True)
-                if not isinstance(row[0], str) or row[0] <= after:  # it would be walked in circles
+                if not isinstance(row[0], str):  # damaged: such keys are sorted behind all others
+                    return Seek(keys, "", is_end=True)
+                if row[0] <= after:  # it would be walked in circles
                     raise self.store.suspected("the index of pending records is out of order")
                 after = row[0]
                 if after not in skip:
@@ -117,15 +139,22 @@ class Ledger:
 
     def _checked(self, key: str, row: tuple[Any, ...]) -> tuple[Record, bytes]:
         """Return what the index named as the head of *key*, if that is what it is: a settled one must not go again."""
-        record = Record(*row[:-1])
-        if record.state != "pending" or record.product_name != key:
+        record = as_record(row[:-1])
+        if (record.event_id, record.state, record.product_name) != (row[1], "pending", key):
             raise self.store.suspected(f"the index of pending records is wrong about record {record.id}")
         return record, row[-1]
 
     def pending(self) -> int:
         """Return how many records wait."""
         with self.store.read() as connection:
-            return int(connection.execute(COUNT_WAITING).fetchone()[0])
+            waiting = self.store.only(connection.execute(COUNT_WAITING))[0]
+        return waiting if isinstance(waiting, int) else 0
+
+    def oldest_pending(self) -> int | None:
+        """Return the id of the pending record that was queued first, found by its state."""
+        with self.store.read() as connection:
+            row = connection.execute(OLDEST_PENDING).fetchone()
+        return int(row[0]) if row else None
 
     def data_version(self) -> int:
         """Return a number that changes when another connection commits (https://sqlite.org/pragma.html)."""
@@ -153,15 +182,16 @@ class Ledger:
 
         def act(_step: int) -> None:
             with self.store.write() as connection:
-                connection.execute(CONDEMN, {"id": record.id, "detail": detail, "now": now})
+                connection.execute(CONDEMN, {"id": record.id, "digest": record.digest, "detail": detail, "now": now})
 
         self._step(act, 1)
 
     def destination(self) -> tuple[Destination, Health, int]:
         """Return where the outbox delivers to, how that is, and how many deliveries there were."""
         with self.store.read() as connection:
-            row = connection.execute(SELECT_DESTINATION_ROW).fetchone()
-        return Destination(row[0], row[1]), Health(*row[2:7]), row[7]
+            row = self.store.only(connection.execute(SELECT_DESTINATION_ROW))
+        deliveries = row[7] if isinstance(row[7], int) else 0
+        return Destination(text(row[0]), text(row[1])), as_health(row[2:7]), deliveries
 
     def unbind(self) -> None:
         """Forget the destination: the next verdict binds the outbox anew."""
@@ -190,12 +220,12 @@ class Ledger:
         return len(rows)
 
     def _step(self, act: Callable[[int], Count], step: int) -> Count:
-        """Do *act* with so many records at once, on a full disk with as few as its journal has room for."""
+        """Do *act* with so many records at once, on a full disk with one, for which its journal has room."""
         try:
             return act(step)
         except OutboxFull:
             reserve.give_up(self.store)
-            return act(SMALL_STEP)
+            return act(1)
 
     def give_space_back(self) -> None:
         """Return a step of free pages to the file system, but for those that new events can use on a full disk."""
@@ -241,6 +271,12 @@ NEXT_KEY = """
     SELECT product_name FROM record INDEXED BY record_pending
     WHERE state = 'pending' AND product_name > ? ORDER BY product_name LIMIT 1
 """
+READABLE_COUNTS = f"""
+    SELECT count(*) FROM tally WHERE typeof(n) = 'integer' AND state IN ({placeholders(list(ALL_STATES))})
+"""  # noqa: S608  # a constant
+OLDEST_PENDING = """
+    SELECT id FROM record INDEXED BY record_state WHERE state = 'pending' ORDER BY id LIMIT 1
+"""
 HEAD_OF = f"""
     SELECT {COLUMNS}, payload FROM record INDEXED BY record_pending
     WHERE state = 'pending' AND product_name = ? ORDER BY id LIMIT 1
@@ -251,7 +287,7 @@ COUNT_WAITING = """
 """
 CONDEMN = """
     UPDATE record SET state = 'failed', reason = 'damaged', detail = :detail, settled_at = :now, held_since = NULL
-    WHERE id = :id AND state = 'pending'
+    WHERE id = :id AND state = 'pending' AND digest = :digest
 """
 SELECT_DESTINATION_ROW = """
     SELECT origin, account, state, reason, since, next_attempt_at, retry_at, deliveries
@@ -267,7 +303,8 @@ UNBIND = """
     UPDATE destination SET origin = NULL, account = NULL, state = 'unknown', reason = NULL, since = NULL,
         next_attempt_at = NULL, retry_at = NULL WHERE id = 1
 """
-FIND_ABANDONED = "SELECT id FROM batch WHERE published = 0 AND created_at < ?"
+# What waits was published, whatever has become of that bit.
+FIND_ABANDONED = "SELECT id FROM batch WHERE published = 0 AND waiting = 0 AND created_at < ?"
 FIND_OLD = """
     SELECT id FROM record
     WHERE settled_at < ? AND settled_at IS NOT NULL AND state IN ('delivered', 'discarded')

@@ -31,7 +31,7 @@ def _file_mode(mode: int) -> int:
     return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
 
 
-_FLAGS = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_FLAGS = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def open_beside(path: str) -> int:
@@ -163,6 +163,7 @@ class FlusherLock:
         """Guard the outbox at *outbox_path*."""
         self.path = outbox_path + FLUSHER_SUFFIX
         self._fd: int | None = None
+        self._claimed: tuple[int, ...] = ()
 
     def claim_agent(self) -> bool:
         """Become the agent of this outbox; False if there is one. Raises OSError."""
@@ -179,7 +180,7 @@ class FlusherLock:
     def presence(self) -> Presence:
         """Look without touching: taking the lock to test it could turn an agent away."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         except OSError:
             return Presence(is_delivering=False, has_agent=False, pid=None, agent_pid=None)
         try:
@@ -189,6 +190,14 @@ class FlusherLock:
         finally:
             os.close(fd)
         return Presence(is_delivering, has_agent, pid, agent_pid)
+
+    def renew(self) -> bool:
+        """Hold the file that is at the path: somebody may have removed ours. False if another has the new one."""
+        if self._fd is None or os.fstat(self._fd).st_nlink:
+            return True
+        held, self._claimed = self._claimed, ()
+        self.close()
+        return all(self._claim(byte) for byte in held)
 
     def close(self) -> None:
         """Free what is held."""
@@ -207,6 +216,7 @@ class FlusherLock:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
         except (BlockingIOError, PermissionError):
             return False
+        self._claimed = (*self._claimed, byte)
         with suppress(OSError):  # a full disk must not keep anybody from delivering
             os.pwrite(self._fd, str(os.getpid()).rjust(_NOTE_BYTES).encode(), _note_at(byte))
         return True

@@ -159,14 +159,14 @@ class Outbox:
 
     def _mend(self, found: OutboxDamaged) -> str:
         """Go on with what can be saved of a damaged file, unless that would take long; returns what to tell."""
-        from versioner_agent import damage  # noqa: PLC0415  # loaded only for damage
+        from versioner_agent import damage, mending  # noqa: PLC0415  # loaded only for damage
 
         if damage.is_large(self.store):
             raise OutboxError(
                 found.message,
                 "its size makes saving what is in it take long: run `versioner-agent flush`, or the agent",
             )
-        mended = damage.mend(self.store, found)
+        mended = mending.mend(self.store, found)
         return f"the outbox was damaged: {mended or found.what}"
 
     def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
@@ -182,7 +182,7 @@ class Outbox:
     def _check(self, connection: sqlite3.Connection, destination: Destination | None) -> None:
         """Refuse what would be delivered to the wrong place, or take the space that deliveries need."""
         if destination is not None:
-            bound = Destination(*connection.execute(SELECT_DESTINATION).fetchone())
+            bound = Destination(*self.store.only(connection.execute(SELECT_DESTINATION)))
             if destination.differs_from(bound):
                 raise OtherDestination(
                     f"this outbox delivers to {bound}, the event is meant for {destination}",
@@ -290,10 +290,11 @@ class _Context(NamedTuple):
 
 SELECT_DESTINATION = "SELECT origin, account FROM destination WHERE id = 1"
 # Behind every id ever given, pruned ones too, and behind those that are there whatever became of the counter.
+# A counter far ahead of them is damaged.
 SELECT_NEXT_ID = """
-    SELECT 1 + max(
-        COALESCE((SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'record'), 0),
-        COALESCE((SELECT max(id) FROM record), 0)
+    SELECT 1 + last + CASE WHEN seq - last BETWEEN 0 AND 10000000 THEN seq - last ELSE 0 END FROM (
+        SELECT COALESCE((SELECT max(id) FROM record), 0) AS last,
+            COALESCE((SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'record'), 0) AS seq
     )
 """
 INSERT_RECORD = """

@@ -33,6 +33,7 @@ class Row(NamedTuple):
     values: tuple[int | float | str | bytes | None, ...]
     start: int
     end: int
+    is_whole: bool = True  # False: its overflow pages are gone, and the last values with them
 
 
 def rows(page: bytes, read: Pages) -> Iterator[Row]:
@@ -90,11 +91,12 @@ def row_at(page: bytes, start: int, read: Pages, *, body_at: int | None = None) 
         if local < size:
             content += _overflow(int.from_bytes(page[end : end + 4]), size - local, read)
             end += 4
-        values = _values(content, types_at - at, head_size)
+        is_whole = len(content) == size
+        values = _values(content, types_at - at, head_size, is_whole=is_whole)
     except (IndexError, struct.error, ValueError):
         return None
     signed = rowid - (1 << 64) if rowid >= 1 << 63 else rowid
-    return Row(signed, values, start, end)
+    return Row(signed, values, start, end, is_whole)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -119,25 +121,29 @@ def _local_size(size: int) -> int:
 
 
 def _overflow(number: int, left: int, read: Pages) -> bytes:
-    """Return *left* bytes of a chain of overflow pages; raises ValueError where it breaks off."""
+    """Return *left* bytes of a chain of overflow pages, fewer where it breaks off."""
     parts = []
     while left > 0:
         page = read(number) if number > 1 else b""
         part = page[4 : 4 + min(left, PAGE_BYTES - 4)]
         if not part:
-            raise ValueError("the chain of overflow pages is broken")
+            break
         parts.append(part)
         left -= len(part)
         number = int.from_bytes(page[:4])
     return b"".join(parts)
 
 
-def _values(content: bytes, types_at: int, head_size: int) -> tuple[int | float | str | bytes | None, ...]:
+def _values(
+    content: bytes, types_at: int, head_size: int, *, is_whole: bool
+) -> tuple[int | float | str | bytes | None, ...]:
     values: list[int | float | str | bytes | None] = []
     at = head_size
     while types_at < head_size:
         kind, types_at = _varint(content, types_at)
         value, at = _value(content, kind, at)
+        if at > len(content) and not is_whole:
+            return tuple(values)
         values.append(value)
     if types_at != head_size or at != len(content):
         raise ValueError("the types do not fill the row")

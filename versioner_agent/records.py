@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from versioner_agent.events import rfc3339
@@ -53,6 +54,36 @@ class Record(NamedTuple):
         What was never tried can't have been retried, whatever a damaged row says.
         """
         return f"{self.event_id}.{self.retries}" if self.retries and self.attempts else self.event_id
+
+
+def number(value: Any) -> float | None:
+    """Return *value* where it is a number: in a damaged row it may have become something else."""
+    return value if isinstance(value, int | float) else None
+
+
+def text(value: Any) -> str | None:
+    """Return *value* as text, None as it is: one bit tells text from bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "str": lambda value: text(value) or "",
+    "str | None": text,
+    "int": lambda value: value if isinstance(value, int) else 0,
+    "int | None": lambda value: value if isinstance(value, int) else None,
+    "float": lambda value: number(value) or 0.0,
+    "float | None": number,
+    "bytes": lambda value: value if isinstance(value, bytes) else b"",
+    "bytes | None": lambda value: value if isinstance(value, bytes) else None,
+}
+_COLUMN_READERS = tuple(_READERS[kind.__forward_arg__] for kind in Record.__annotations__.values())
+
+
+def as_record(row: Sequence[Any]) -> Record:
+    """Return the columns of *row* as a Record, each of its own type whatever a damaged file holds."""
+    return Record(*(read(value) for read, value in zip(_COLUMN_READERS, row, strict=True)))
 
 
 #: The columns of a Record, for SELECT.

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from versioner_agent.damage import Damage, noted
-from versioner_agent.ledger import Health
+from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
-from versioner_agent.records import COLUMNS, Record
+from versioner_agent.records import COLUMNS, Record, as_record, number, text
 from versioner_agent.schema import STATES
 from versioner_agent.storage import Store, placeholders
 
@@ -69,22 +69,24 @@ def stats(store: Store) -> Stats:
             0
         ]
         tally = dict(connection.execute("SELECT state, n FROM tally").fetchall())
+        if not {*STATES} <= tally.keys():
+            raise store.suspected("the counts of records by state are not readable")
         published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
         oldest = connection.execute(OLDEST_PENDING).fetchone()
         failure = connection.execute(LAST_FAILURE).fetchone()
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
-        row = connection.execute(DESTINATION_ROW).fetchone()
+        row = store.only(connection.execute(DESTINATION_ROW))
         damage = noted(connection)
     tally["pending"] += published
     return Stats(
         size,
         {state: tally[state] for state in STATES},
-        oldest[0] if oldest else None,
-        row[7],
-        Record(*failure) if failure else None,
-        [Held(*each) for each in held],
-        Destination(row[0], row[1]),
-        Health(*row[2:7]),
+        number(oldest[0]) if oldest else None,
+        number(row[7]),
+        as_record(failure) if failure else None,
+        [Held(text(each[0]) or "", each[1], number(each[2]) or 0.0, text(each[3])) for each in held],
+        Destination(text(row[0]), text(row[1])),
+        as_health(row[2:7]),
         damage,
     )
 
@@ -102,7 +104,7 @@ def select(
         if not rows:
             return
         before = rows[-1][0]
-        found = [Record(*row) for row in rows if product is None or row[4] == product][:left]
+        found = [as_record(row) for row in rows if product is None or row[4] == product][:left]
         if found:
             yield found
         if left is not None:
@@ -116,14 +118,21 @@ def show(store: Store, record_id: int) -> tuple[Record, bytes, list[Attempt]] | 
         attempts = connection.execute(ATTEMPTS, (record_id,)).fetchall()
     if row is None:
         return None
-    return Record(*row[:-1]), bytes(row[-1]), [Attempt(*each) for each in attempts]
+    payload = row[-1] if isinstance(row[-1], bytes) else str(row[-1]).encode()
+    return as_record(row[:-1]), payload, [_attempt(each) for each in attempts]
+
+
+def _attempt(row: Sequence[Any]) -> Attempt:
+    at, outcome, http_status, detail, duration_s = row
+    status = http_status if isinstance(http_status, int) else None
+    return Attempt(number(at) or 0.0, text(outcome) or "", status, text(detail), number(duration_s) or 0.0)
 
 
 def failed_since(store: Store, then: float) -> list[Record]:
     """Return records that failed since *then* (seconds since 1970), at most a page of them."""
     with store.read() as connection:
         rows = connection.execute(FAILED_SINCE, (then, PAGE)).fetchall()
-    return [Record(*row) for row in rows]
+    return [as_record(row) for row in rows]
 
 
 def failed_ids(store: Store) -> list[int]:
@@ -158,7 +167,7 @@ def _retry(connection: sqlite3.Connection, record_id: int, *, out_of_order: bool
     row = connection.execute(FIND, (record_id,)).fetchone()
     if row is None:
         return Verdict(record_id, "not_found", "there is no such record")
-    record = Record(*row)
+    record = as_record(row)
     if record.state not in ("failed", "exported"):
         return Verdict(record_id, "refused", f"it is {record.state}; only failed and exported ones are retried")
     if record.reason == "damaged":
@@ -182,7 +191,7 @@ def _discard(connection: sqlite3.Connection, record_id: int, *, pending_too: boo
     row = connection.execute(FIND, (record_id,)).fetchone()
     if row is None:
         return Verdict(record_id, "not_found", "there is no such record")
-    record = Record(*row)
+    record = as_record(row)
     if record.state == "pending" and not pending_too:
         return Verdict(record_id, "refused", "it is pending and will still be delivered; --yes discards it")
     if record.state not in ("pending", "failed", "exported"):

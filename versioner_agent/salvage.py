@@ -7,14 +7,16 @@ forgivingly. Of the other tables only what matters is kept: where the outbox del
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from versioner_agent import events, schema
-from versioner_agent.pages import PAGE_BYTES, Row, rows
+from versioner_agent.pages import EVENT_ID, PAGE_BYTES, Row, rows
 from versioner_agent.records import Record, is_intact
 
 MAX_TIME = 253_402_300_800.0  # the year 10000
@@ -22,9 +24,18 @@ MAX_TIME = 253_402_300_800.0  # the year 10000
 MAX_PRUNED = 10_000_000
 
 
+def open_plain(path: str) -> int:
+    """Open a file for reading past SQLite; raises OSError, also for what is no file: a pipe could keep us for ever."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return fd
+
+
 def rows_of(path: str) -> Iterator[Row]:
     """Yield what looks like a row in the file at *path*; what the disk can't read any more is passed over."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    fd = open_plain(path)
     try:
         count = -(-os.fstat(fd).st_size // PAGE_BYTES)
 
@@ -58,7 +69,10 @@ class Salvage:
     def take(self, row: Row) -> None:
         """Keep *row* where it is worth it; tables are told apart by their number of columns."""
         width = len(row.values)
-        if width == len(self._columns):
+        if not row.is_whole:
+            if width > 1 and isinstance(row.values[1], str) and EVENT_ID.fullmatch(row.values[1].encode()):
+                self._unreadable.add(row.rowid)
+        elif width == len(self._columns):
             self._take_record(row)
         elif width == 5 and row.values[1] == "enqueue":
             self._batches[row.rowid] = (row.rowid, *row.values[1:])
@@ -83,19 +97,27 @@ class Salvage:
         counts = dict(run("SELECT state, n FROM tally WHERE n > 0 ORDER BY state").fetchall())
         return counts, sorted(self._unreadable - {row[0] for row in run("SELECT id FROM record").fetchall()})
 
-    def _take_record(self, row: Row) -> None:
+    def proven(self, row: Row) -> tuple[Record, dict[str, Any]] | None:
+        """Return the record that *row* is, and all its columns, where its digest proves it."""
+        if not row.is_whole or len(row.values) != len(self._columns):
+            return None
         found: dict[str, Any] = {
             name: _as_stored(value, kind)
             for (name, (kind, _)), value in zip(self._columns.items(), row.values, strict=True)
         }
         found["id"] = row.rowid
-        payload = found["payload"]
         record = Record(**{name: found[name] for name in Record._fields})
-        if not isinstance(payload, bytes) or not is_intact(record, payload):
-            if isinstance(record.event_id, str) and record.kind in events.KINDS:
+        is_proven = isinstance(found["payload"], bytes) and is_intact(record, found["payload"])
+        return (record, found) if is_proven else None
+
+    def _take_record(self, row: Row) -> None:
+        proven = self.proven(row)
+        if proven is None:
+            if isinstance(row.values[1], str) and row.values[3] in events.KINDS:
                 self._unreadable.add(row.rowid)
             return
-        found |= _true_identity(record, payload)
+        record, found = proven
+        found |= _true_identity(record, found["payload"])
         fitting = {name: _fitting(name, found[name], *column) for name, column in self._columns.items()}
         fitting["state"] = _nearest_state(found["state"])
         if not self._is_latest(fitting):
@@ -181,6 +203,5 @@ def _nearest_state(word: Any) -> str:
     """Return the state that *word* is, or was before a bit of it flipped; what can't be told is sent again."""
     if not isinstance(word, str):
         return "pending"
-    states = ("staged", *schema.STATES)
-    alike = [state for state in states if len(state) == len(word)]
+    alike = [state for state in schema.ALL_STATES if len(state) == len(word)]
     return max(alike, key=lambda state: sum(a == b for a, b in zip(state, word, strict=True)), default="pending")

@@ -9,6 +9,7 @@ from __future__ import annotations
 #: "VeAg", marks the file as an outbox (https://sqlite.org/pragma.html#pragma_application_id).
 APPLICATION_ID = 0x56654167
 STATES = ("pending", "delivered", "failed", "exported", "discarded")
+ALL_STATES = ("staged", *STATES)
 
 #: Version 1. `staged` is no state of a record's life: the row waits for its batch to be published as a whole.
 TABLES = (

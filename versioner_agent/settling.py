@@ -46,7 +46,7 @@ def write(connection: sqlite3.Connection, settlement: Settlement) -> None:
     connection.execute(SETTLE, _named(settlement))
     connection.execute(
         INSERT_ATTEMPT,
-        (record.id, at, outcome.reason, outcome.http_status, outcome.detail or None, duration_s),
+        (at, outcome.reason, outcome.http_status, outcome.detail or None, duration_s, record.id, record.event_id),
     )
     if record.attempts >= ATTEMPTS_KEPT:
         connection.execute(TRIM_ATTEMPTS, {"id": record.id, "kept": ATTEMPTS_KEPT})
@@ -86,6 +86,8 @@ def _named(settlement: Settlement) -> dict[str, Any]:
     is_settled = decision.state != "pending"
     return {
         "id": record.id,
+        # The file may have been replaced meanwhile, and the id be another event's.
+        "event_id": record.event_id,
         "state": decision.state,
         "at": at,
         "settled_at": at if is_settled else None,
@@ -110,7 +112,7 @@ _SETTLE = """
         held_since = CASE WHEN :held_since IS NULL THEN NULL ELSE COALESCE(held_since, :held_since) END,
         last_attempt_at = :at, settled_at = :settled_at, http_status = :http_status, server_id = :server_id,
         reason = :reason, code = :code, rule = :rule, retry_after = :retry_after, late = :late, detail = :detail{more}
-    WHERE id = :id AND state = 'pending'
+    WHERE id = :id AND state = 'pending' AND event_id = :event_id
 """
 SETTLE = _SETTLE.format(more="")
 SETTLE_IN_PLACE = _SETTLE.format(more=", content = x''")
@@ -119,7 +121,8 @@ FIND_LET_GO = """
     SELECT * FROM record WHERE id <= ? AND id > ? AND state = 'delivered' AND payload = x'' ORDER BY id
 """
 INSERT_ATTEMPT = """
-    INSERT INTO attempt (record_id, at, outcome, http_status, detail, duration_s) VALUES (?, ?, ?, ?, ?, ?)
+    INSERT INTO attempt (record_id, at, outcome, http_status, detail, duration_s)
+    SELECT id, ?, ?, ?, ?, ? FROM record WHERE id = ? AND event_id = ?
 """
 TRIM_ATTEMPTS = """
     DELETE FROM attempt WHERE record_id = :id AND id <= (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -110,6 +111,13 @@ class Store:
                 raise self._missing()
             yield self._connected(create=False)
 
+    def only(self, found: sqlite3.Cursor) -> tuple[Any, ...]:
+        """Return the row that is always there; raises OutboxDamaged where it is not."""
+        row: tuple[Any, ...] | None = found.fetchone()
+        if row is None:
+            raise self.suspected("a row that is always there is missing")
+        return row
+
     def close(self) -> None:
         """Give everything back; using the store again opens it again."""
         self.disconnect()
@@ -150,7 +158,7 @@ class Store:
 
     def _connected(self, *, create: bool) -> sqlite3.Connection:
         """Return the connection to the file that is at the path now: it may have been replaced while we waited."""
-        inode = inode_of(self.path)
+        inode = self._plain_inode()
         if self._connection is not None and (inode is None or inode != self._inode):
             self.disconnect()
         if self._connection is None:
@@ -162,6 +170,16 @@ class Store:
             self._inode = inode_of(self.path)
             self._connection = self._connect(create=create)
         return self._connection
+
+    def _plain_inode(self) -> tuple[int, int] | None:
+        """Return the inode of the file; raises OutboxError for what is no file: a pipe could keep us for ever."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            raise OutboxError(f"can't use the outbox {self.path}: it is not a regular file", self._access_hint(None))
+        return found.st_dev, found.st_ino
 
     def _refuse_planted_link(self) -> None:
         """In a shared directory a link could make us write to a place of its maker's choice."""
@@ -196,7 +214,7 @@ class Store:
             if not is_new and not self.oldest_version <= self.version <= schema.VERSION + 1:
                 raise self.unknown_version(self.version)
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA journal_mode = PERSIST")
+            self._leave_wal(connection)
             # What is deleted is overwritten, so that salvage finds no old copies.
             connection.execute("PRAGMA secure_delete = ON")
             # Damaged text must not make a page of records unreadable; its digest tells.
@@ -207,6 +225,17 @@ class Store:
             connection.close()
             raise
         return connection
+
+    def keep_rollback_journal(self) -> None:
+        """Leave write-ahead logging again, should somebody have switched it on and be gone."""
+        with self.read() as connection:
+            self._leave_wal(connection)
+
+    def _leave_wal(self, connection: sqlite3.Connection) -> None:
+        # Somebody's tool may have switched the file to write-ahead logging. That can't be undone while another
+        # connection uses it so; events are synced there too, and with the write queue nobody else writes meanwhile.
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = PERSIST")
 
     def _raw_connection(self) -> sqlite3.Connection:
         # mode=rw: SQLite itself must never make the file, it would choose the wrong mode.
@@ -245,11 +274,14 @@ class Store:
         """Say that something happened which can't on a sound file: it has to be looked through."""
         return OutboxDamaged(
             f"can't use the outbox {self.path}: {what}",
-            "look at it with `versioner-agent doctor`",
+            "the agent or a flush mends it if it is damaged; `versioner-agent doctor --deep` looks at all of it",
             what,
             self._inode,
             is_certain=False,
         )
+
+    def _full(self) -> OutboxFull:
+        return OutboxFull(f"no space left for the outbox {self.path}", "free some space, then try again")
 
     def foreign(self) -> OutboxError:
         """Say that the file is somebody else's."""
@@ -276,6 +308,8 @@ class Store:
         except UnicodeDecodeError as exc:  # SQLite quotes what it can't make sense of
             raise self.damaged("its schema is not readable", self._inode) from exc
         except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full() from exc
             words = _WORDS.get(exc.errno or 0, exc.strerror or str(exc))
             raise OutboxError(
                 f"can't use the outbox {exc.filename or self.path}: {words}", self._access_hint(exc)
@@ -290,7 +324,7 @@ class Store:
                 "look for a program that keeps it open (fuser), then try again",
             )
         if code == sqlite3.SQLITE_FULL:
-            return OutboxFull(f"no space left for the outbox {self.path}", "free some space, then try again")
+            return self._full()
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             if code == sqlite3.SQLITE_NOTADB and not self.is_remembered():
                 return OutboxDamaged(
@@ -304,7 +338,7 @@ class Store:
             return self.suspected(str(exc))
         return OutboxError(f"can't use the outbox {self.path}: {exc}", self._access_hint(exc))
 
-    def _access_hint(self, exc: Exception) -> str | None:
+    def _access_hint(self, exc: Exception | None) -> str | None:
         """Say what to do: above all, name the group to join where that is what is missing."""
         if os.path.isdir(self.path):
             return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"

@@ -172,19 +172,24 @@ def test_an_array_that_does_not_fit_is_not_queued_at_all(host):
     check_sound(host.path)
 
 
-def test_a_published_batch_is_handed_over_on_a_full_disk(host):
+@pytest.mark.parametrize(("count", "notes"), [(900, 300), (20, 90_000)])
+def test_a_published_batch_is_handed_over_on_a_full_disk(host, count, notes):
     with Outbox(host.path) as outbox, outbox.store.write(create=True) as connection:
-        connection.execute("INSERT INTO batch (kind, created_at, published, waiting) VALUES ('enqueue', 1, 1, 900)")
-    queue_until_full(host, 300, most=900)
-    with Outbox(host.path) as outbox, outbox.store.write() as connection:
-        connection.execute("UPDATE record SET state = 'staged', batch = 1")
+        connection.execute(
+            "INSERT INTO batch (kind, created_at, published, waiting) VALUES ('enqueue', 1, 1, ?)", (count,)
+        )
+    assert queue_until_full(host, notes, most=count) == count
+    with Outbox(host.path) as outbox:
+        for record_id in range(1, count + 1):  # one by one, for a journal of them all would not fit
+            with outbox.store.write() as connection:
+                connection.execute("UPDATE record SET state = 'staged', batch = 1 WHERE id = ?", (record_id,))
     host.disk.fill()
     host.disk.neighbour()
 
     host.agent()
 
-    eventually(lambda: host.counts() == {"delivered": 900}, within=60)
-    assert len(host.server.requests) == 900
+    eventually(lambda: host.counts() == {"delivered": count}, within=60)
+    assert len(host.server.requests) == count
 
 
 def test_damage_on_a_full_disk_waits_for_room_and_says_so(host):

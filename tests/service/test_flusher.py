@@ -14,6 +14,7 @@ from bench import CONFLICT, DELIVERED, HERE, PATIENCE_S, POISON, SILENCE, UNAVAI
 from versioner_agent import chooser, policy, review
 from versioner_agent.errors import OutboxBusy, OutboxError
 from versioner_agent.flusher import LOOK_S, MAINTENANCE_S, REWRITE_S, Flusher, Options
+from versioner_agent.ledger import Seek
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome, no_key
 from versioner_agent.storage import Store
@@ -726,3 +727,32 @@ def test_a_rate_limit_is_told_while_it_runs_whatever_was_under_way(bench):
     assert sorted(b.step(after=2.0)) == ["a", "e", "f"]
     b.answer_all(DELIVERED)
     assert b.ledger.destination()[1].state == "up"
+
+
+def test_a_record_that_its_product_does_not_lead_to_is_noticed(bench, monkeypatch, caplog):
+    """A damaged index in a file too large to be looked through at the start."""
+    b = bench()
+    b.queue("a")
+    monkeypatch.setattr(b.ledger, "keys", lambda *_: Seek([], "", is_end=True))
+    for _ in range(3):
+        b.step(after=MAINTENANCE_S + 1)
+
+    assert "the pending record 1 can't be found by its product" in caplog.text
+    monkeypatch.undo()
+    b.step(after=60.0)
+    b.step(after=5.0)
+    b.drain()
+    assert b.states() == {"delivered": 1}
+
+
+def test_an_event_that_was_just_queued_is_no_leftover(bench, caplog):
+    b = bench()
+    for number in range(5):
+        b.step(after=MAINTENANCE_S + 1)
+        b.queue("a", first=number)
+        b.flusher._seen_file, b.flusher._look_at = b.flusher._seen_file, 1e12  # not seen yet
+        b.flusher._maintain(b.now + MAINTENANCE_S)
+        b.flusher._look_at = 0.0
+        b.drain()
+
+    assert "can't be found" not in caplog.text

@@ -187,3 +187,51 @@ def test_of_two_copies_the_later_state_counts(path):
 
     assert state_of(path, 3) == "delivered"
     assert state_of(path, 2) == "pending"
+
+
+def test_a_record_whose_overflow_pages_are_gone_is_counted_and_named(tmp_path):
+    path = str(tmp_path / "outbox.db")
+    with Outbox(path) as outbox:
+        outbox.enqueue("build", {**RUN, "extra_metadata": {"notes": "n" * 90_000}})
+        outbox.enqueue("build", {**RUN, "version": "2"})
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(data.index(b"n" * 4092) // 4096 * 4096)
+        file.write(bytes(4096))
+    damage = mend(path)
+
+    assert damage.salvaged == {"pending": 1}
+    assert (damage.unreadable, damage.unreadable_ids) == (1, [1])
+
+
+def test_records_of_which_nothing_is_left_are_counted(path):
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(data.index(b'"version":"3"') // 4096 * 4096)
+        file.write(bytes(4096))
+    with contextlib.closing(Store(path)) as store:
+        damage = Ledger(store).open(create=True)
+
+    assert damage.unreadable == 5 - sum(damage.salvaged.values()) > 0
+
+
+def test_a_file_that_lost_its_name_and_schema_is_still_known_by_its_records(path):
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(68)
+        file.write(bytes(4))
+        file.seek(data.index(b"CREATE TRIGGER tally_insert"))
+        file.write(bytes(30))
+    with contextlib.closing(Store(path)) as store:
+        assert Ledger(store).open(create=True).salvaged == {"pending": 5}
+
+
+def test_a_batch_whose_mark_of_being_published_was_lost_is_handed_over(path):
+    with contextlib.closing(Store(path)) as store, store.write() as connection:
+        number = connection.execute(INSERT_BATCH, ("enqueue", 1.0)).lastrowid
+        connection.execute("UPDATE batch SET published = 0, waiting = 5")
+        connection.execute("UPDATE record SET state = 'staged', batch = ?", (number,))
+    with contextlib.closing(Store(path)) as store:
+        ledger = Ledger(store)
+        ledger.sweep_batches(9e9)
+        assert ledger.head("payments")[0].id == 1

@@ -12,9 +12,10 @@ from versioner_agent.text import printable
 
 @click.command()
 @click.option("--acknowledge", is_flag=True, help="Take note of past damage: `status` stops telling of it.")
+@click.option("--deep", is_flag=True, help="Read the whole outbox, however large; queuing waits meanwhile.")
 @settings_options()
 @json_option
-def doctor(acknowledge: bool, as_json: bool, **options: Any) -> int:
+def doctor(acknowledge: bool, deep: bool, as_json: bool, **options: Any) -> int:
     """Look for damage of the outbox; exits 1 where there is something to do.
 
     After damage, `status` tells of it until somebody has looked at it and said --acknowledge.
@@ -34,7 +35,7 @@ def doctor(acknowledge: bool, as_json: bool, **options: Any) -> int:
             words = "there was nothing to acknowledge" if damage is None else f"acknowledged: {damage}"
             findings = [Finding("damage", "ok", words)]
         else:
-            findings = examine(store)
+            findings = examine(store, deep=deep)
     finally:
         store.close()
     for finding in findings:

@@ -1,0 +1,165 @@
+"""Putting a sound outbox in the place of a damaged one, with every record whose digest proves it.
+
+The damaged set is kept as `*.corrupt-<time>`; what can be read from its bytes goes into a new file that takes its place
+in one rename, all while holding the write queue. Killed at any point, the damaged file is still there for the next try.
+Nothing here is imported where all is well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import time
+
+from versioner_agent.creation import make_tables, sync_directory
+from versioner_agent.damage import Damage, examine, find, is_large, noted, recount, refuse_foreign
+from versioner_agent.errors import OutboxDamaged, OutboxError
+from versioner_agent.locks import QUEUE_SUFFIX, create_beside
+from versioner_agent.salvage import Salvage, rows_of
+from versioner_agent.storage import Store, inode_of
+
+IDS_KEPT = 20
+MENDING_SUFFIX = ".mending"
+JOURNALS = ("-journal", "-wal", "-shm")
+ROWS_A_SIGN = 2000  # rows read from one sign of life to the next
+
+
+def ensure_sound(store: Store) -> Damage | None:
+    """Look for damage and mend it; for who starts to deliver. Raises as `mend` does."""
+    damage = find(store)
+    mended = None if damage is None else mend(store, damage)
+    if not is_large(store):
+        recount(store)
+    return mended
+
+
+def mend(store: Store, damage: OutboxDamaged) -> Damage | None:
+    """Put a sound outbox in the place of the damaged one; None where that was not needed, or somebody else did it.
+
+    Raises *damage* where it does not show in the file, OutboxError for a file that was never an outbox, OutboxBusy,
+    OutboxFull.
+    """
+    with store.translated():
+        store.disconnect()
+        if damage.inode is not None and not store.is_remembered():
+            refuse_foreign(store)
+        with store.turn():
+            store.disconnect()
+            if inode_of(store.path) != damage.inode:
+                return None
+            found = damage if damage.is_certain else examine(store, deep=True)
+            if found is not None:
+                if damage.inode is not None:
+                    refuse_foreign(store)
+                return _replace(store, found.what)
+        if not recount(store):
+            raise damage
+        return None
+
+
+def _replace(store: Store, what: str) -> Damage:
+    side = store.path + MENDING_SUFFIX
+    now = time.time()
+    name = _free_name(f"{store.path}.corrupt-{_stamp(now)}")
+    kept = None if inode_of(store.path) is None else name
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(side)
+    try:
+        with contextlib.suppress(OutboxError), store.read() as connection:
+            connection.execute("SELECT 1 FROM record LIMIT 1").fetchone()  # rolls back what a crash left half done
+        earlier, before = _earlier(store), _records(store)
+        store.disconnect()
+        damage = _build(store, side, Damage(now, what, kept, {}, 0, [], earlier), before)
+        for suffix in ("", *JOURNALS):
+            _keep(store.path + suffix, name + suffix)
+        # No old journal must ever be there beside the new file: SQLite would take it for the new file's.
+        for suffix in JOURNALS:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(store.path + suffix)
+        os.replace(side, store.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(side)
+        raise
+    sync_directory(os.path.dirname(store.path))
+    return damage
+
+
+def _build(store: Store, side: str, damage: Damage, before: int) -> Damage:
+    """Make a synced outbox at *side* of what is found at the store's path, where *before* records are known of."""
+    fd = create_beside(side)
+    try:
+        _same_owner(fd, store.path if damage.kept else store.path + QUEUE_SUFFIX)
+        with contextlib.closing(sqlite3.connect(side, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous = OFF")  # synced as a whole below
+            connection.execute("PRAGMA journal_mode = MEMORY")
+            make_tables(connection)
+            connection.execute("BEGIN")
+            found = Salvage(connection)
+            if damage.kept:
+                for number, row in enumerate(rows_of(store.path)):
+                    found.take(row)
+                    if number % ROWS_A_SIGN == 0:
+                        os.utime(store.path)  # who waits to queue sees that we get on
+            counts, ids = found.finish()
+            unreadable = max(len(ids), before - sum(counts.values()))
+            damage = damage._replace(salvaged=counts, unreadable=unreadable, unreadable_ids=ids[:IDS_KEPT])
+            connection.execute("INSERT INTO meta (key, value) VALUES ('damage', ?)", (json.dumps(damage._asdict()),))
+            connection.execute("COMMIT")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return damage
+
+
+def _same_owner(fd: int, reference: str) -> None:
+    """Give a file made by root to who owned the one it replaces, with its mode."""
+    with contextlib.suppress(OSError):
+        found = os.stat(reference)
+        os.fchmod(fd, found.st_mode & 0o777)
+        if os.geteuid() == 0:
+            os.fchown(fd, found.st_uid, found.st_gid)
+
+
+def _keep(path: str, name: str) -> None:
+    """Give *path* a second name, so that at no moment there is none; a copy where links are not to be had."""
+    try:
+        os.link(path, name, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    except OSError:
+        shutil.copyfile(path, name)
+
+
+def _free_name(name: str) -> str:
+    number, free = 1, name
+    while os.path.lexists(free):
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _stamp(now: float) -> str:
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+
+
+def _earlier(store: Store) -> int:
+    try:
+        with store.read() as connection:
+            before = noted(connection)
+    except OutboxError:
+        return 0
+    return before.earlier + 1 if before else 0
+
+
+def _records(store: Store) -> int:
+    """Return how many records the file says it has; 0 where it can't say."""
+    try:
+        with store.read() as connection:
+            counts = connection.execute("SELECT n FROM tally").fetchall()
+    except OutboxError:
+        return 0
+    return sum(row[0] for row in counts if isinstance(row[0], int))
