@@ -55,9 +55,10 @@ class Sender:
         self._proxy = _proxy(target.proxy) if target.proxy else None
         try:
             self._urls = {kind: httpx.URL(target.api_url.rstrip("/") + path) for kind, path in ENDPOINTS.items()}
-            self._new_line().close()
-        except (httpx.InvalidURL, ValueError, TypeError) as exc:
-            raise ConfigError([f"api_url or proxy can't be used: {type(exc).__name__}"]) from exc
+            if not all(url.host for url in self._urls.values()):  # a name is decoded when it is asked for
+                raise ValueError("it has no host")
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise ConfigError([f"api_url: {target.api_url} is not a URL: {' '.join(str(exc).split())}"]) from exc
         self._own = threading.local()
         self._lines: set[Line] = set()
         self._guard = threading.Lock()
@@ -205,7 +206,7 @@ def _proxy(given: str) -> Proxy:
     """Read a proxy's URL; raises ConfigError, without quoting it: it may hold a password."""
     try:
         url = httpx.URL(given)
-        if url.scheme not in ("http", "https") or not url.host:
+        if url.scheme not in ("http", "https") or not url.host or urlsplit(given).port == 0:
             raise ConfigError([f"proxy: {place_of(given)} must be an http:// or https:// URL"])
         auth = (unquote(url.username).encode(), unquote(url.password).encode()) if url.username else None
         return Proxy(str(url.copy_with(username=None, password=None, path="/", query=None, fragment=None)), auth)

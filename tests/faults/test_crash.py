@@ -90,6 +90,7 @@ def test_the_first_enqueue_killed_anywhere_leaves_an_outbox_that_the_next_can_us
     writes = [point for point in points if point[0] == "pwrite64"]
     for call, number in [*(point for point in points if point not in writes), *writes[:70:2], *writes[70::12]]:
         shutil.rmtree(state)
+        os.mkdir(state)
         was_killed, _ = killed_at(call, number, enqueue(1), env=host.env)
         assert was_killed, (call, number)
         done = host.run("enqueue", "build", "--product", "payments", "--version", "2")

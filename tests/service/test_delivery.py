@@ -379,12 +379,22 @@ def test_a_broken_proxy_is_no_answer(serve, reaction):
     assert send(Target("https://api.invalid", timeout=1, proxy=proxy.url)).reason == "no_answer"
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://", "ftp://u:p@127.0.0.1"])
+@pytest.mark.parametrize(
+    "proxy",
+    ["socks5://127.0.0.1:1", "http://", "ftp://u:p@127.0.0.1", "http://u:p@127.0.0.1:99999", "http://u:p@xn--:1",
+     "http://u:p#w@127.0.0.1:1", "http://u:p/w@127.0.0.1", "http://u:p@[::1", "http://u:p@127.0.0.1:0"],
+)  # fmt: skip
 def test_a_proxy_url_that_cannot_be_used_is_a_configuration_error(proxy):
     with pytest.raises(ConfigError, match="proxy") as caught:
         Sender(Target("https://api.invalid", proxy=proxy), lambda: KEY)
 
     assert "u:p" not in caught.value.message
+
+
+@pytest.mark.parametrize("api_url", ["https://xn--", "https://xn--a", "https://"])
+def test_an_api_url_whose_host_is_no_name_is_a_configuration_error(api_url):
+    with pytest.raises(ConfigError, match="api_url"):
+        Sender(Target(api_url), lambda: KEY)
 
 
 # --- TLS
