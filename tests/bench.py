@@ -6,6 +6,7 @@ import collections
 import json
 import queue
 import threading
+import time
 
 from versioner_agent import review
 from versioner_agent.flusher import Flusher, Options
@@ -19,6 +20,7 @@ HERE = Destination("https://api.example", "acme")
 DELIVERED = Outcome("delivered", "", http_status=200, server_id="evt-1")
 CONFLICT = Outcome("conflict", "exists with a different SHA", http_status=409)
 UNAVAILABLE = Outcome("unavailable", "come back later", http_status=503)
+LIMITED = Outcome("rate_limited", "slow down", http_status=429)
 POISON = Outcome("unavailable", "internal error", http_status=500, counts=True)
 SILENCE = no_answer("no route to host")
 
@@ -94,7 +96,8 @@ class Bench:
             self.wire.reply(product, outcome)
             while len(self.flusher._arrived) == arrived:
                 self.flusher._take(PATIENCE_S)
-            self.flusher._arrived[-1] = self.flusher._arrived[-1]._replace(duration_s=took)
+            # freezegun leaves threads their own clock; here all go by the one that stands still.
+            self.flusher._arrived[-1] = self.flusher._arrived[-1]._replace(at=time.time(), duration_s=took)
         return self.step(after)
 
     def answer_all(self, outcome, after=0.0):

@@ -9,7 +9,7 @@ import time
 
 import freezegun
 import pytest
-from bench import DELIVERED, HERE, PATIENCE_S, SILENCE, UNAVAILABLE
+from bench import DELIVERED, HERE, LIMITED, PATIENCE_S, SILENCE, UNAVAILABLE
 from host import eventually
 from scripted import accepted
 
@@ -76,11 +76,13 @@ def test_a_restart_believes_a_stored_pause_only_an_hour_ahead(bench, wall, tmp_p
     b = bench()
     b.queue("a", 2)
     b.step()
-    b.answer(("a", UNAVAILABLE._replace(wait_s=1800.0)))
+    b.answer(("a", LIMITED._replace(wait_s=1800.0)))
+    before = b.ledger.destination()[1].retry_at - time.time()
     step_clock(wall, step)
     now = time.monotonic()
     flusher = Flusher(b.ledger, b.wire, Options(), HERE)
 
+    assert before == pytest.approx(1800, abs=5)
     assert flusher._pace.paused_until - now <= HOUR
 
 

@@ -225,3 +225,21 @@ def test_a_replacement_that_is_killed_is_done_by_the_next(tmp_path, tmp_path_fac
     with contextlib.closing(Store(path)) as store:
         assert review.stats(store).damage.salvaged
         assert damage.find(store) is None
+
+
+def test_no_journal_of_an_outbox_that_is_gone_is_taken_for_the_new_ones(host):
+    """SQLite plays a journal that a killed process left into whatever file lies beside it."""
+    host.close()
+    killed = "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN');"
+    killed += "c.execute('PRAGMA cache_size = 1'); c.execute('UPDATE record SET detail = zeroblob(90000)'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", killed, host.path], check=True)
+    with open(host.path + "-journal", "rb") as file:
+        assert file.read(8).hex() == "d9d505f920a163d7"  # of a transaction to roll back
+    os.remove(host.path)
+
+    assert host.run("flush").returncode == 0
+
+    assert [name for name in kept_files(host.path) if name.endswith("-journal")]
+    with contextlib.closing(sqlite3.connect(host.path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM record").fetchone() == (0,)

@@ -9,7 +9,7 @@ import sqlite3
 import time
 
 import pytest
-from bench import CONFLICT, DELIVERED, HERE, PATIENCE_S, POISON, SILENCE, UNAVAILABLE, Wire
+from bench import CONFLICT, DELIVERED, HERE, LIMITED, PATIENCE_S, POISON, SILENCE, UNAVAILABLE, Wire
 
 from versioner_agent import chooser, policy, review
 from versioner_agent.errors import OutboxBusy, OutboxError
@@ -311,7 +311,7 @@ def test_429_pauses_every_key(bench):
     for product in "abcd":
         b.queue(product, 2)
     b.step()
-    limited = Outcome("rate_limited", "slow down", http_status=429, wait_s=60.0)
+    limited = LIMITED._replace(wait_s=60.0)
 
     assert b.answer(("a", limited)) == ["b"]
     assert b.answer(("b", DELIVERED)) == []
@@ -325,7 +325,7 @@ def test_a_pause_outlives_the_process(bench, tmp_path):
     b = bench()
     b.queue("a")
     b.step()
-    b.answer(("a", Outcome("rate_limited", "slow down", http_status=429, wait_s=60.0)))
+    b.answer(("a", LIMITED._replace(wait_s=60.0)))
 
     fresh = Flusher(b.ledger, b.wire, Options(), HERE)
 
@@ -715,7 +715,7 @@ def test_a_rate_limit_is_told_while_it_runs_whatever_was_under_way(bench):
     for product in "abcdef":
         b.queue(product)
     b.step()
-    limited = Outcome("rate_limited", "slow down", http_status=429, wait_s=600.0)
+    limited = LIMITED._replace(wait_s=600.0)
     b.answer(("a", limited), ("b", DELIVERED), ("c", DELIVERED), ("d", DELIVERED))
     _, health, _ = b.ledger.destination()
     again = Flusher(b.ledger, b.wire, Options(), HERE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 
 import pytest
@@ -122,6 +124,23 @@ def test_what_is_refused_on_a_full_disk_keeps_its_payload_and_the_first_words(fu
     assert record.detail == "w" * (BRIEF_CHARS - 1) + "…"
     assert is_intact(record, payload)
     assert payload
+
+
+@pytest.mark.parametrize("outcome", [CONFLICT, SILENCE], ids=lambda outcome: outcome.reason)
+def test_a_bare_decision_needs_no_free_page(full, outcome):
+    """However many are refused: a row that is settled is not larger than one that waits."""
+    reserve.give_up(full.store)
+    with contextlib.suppress(OutboxFull):
+        for number in itertools.count():
+            with full.store.write() as connection:
+                connection.execute("INSERT INTO meta (key, value) VALUES (?, zeroblob(3000))", (f"eaten{number}",))
+    assert full.store.free_pages() == 0
+
+    assert [settle(full, record_id, outcome) for record_id in range(1, 41)] == [[]] * 40
+
+    record, payload, _ = review.show(full.store, 40)
+    assert (record.state, record.reason) == (STATES[outcome.reason], outcome.reason)
+    assert is_intact(record, payload)
 
 
 def test_what_there_is_no_room_for_is_returned(full, monkeypatch):
