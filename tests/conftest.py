@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -27,6 +28,9 @@ else:
     # No deadline, for nothing here may fail by the clock; the same examples on every run.
     hypothesis.settings.register_profile("tests", database=None, deadline=None, derandomize=True)
     hypothesis.settings.load_profile("tests")
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Beginnings of the names that the agent, CI systems and systemd give their variables.
 PREFIXES = (
