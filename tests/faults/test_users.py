@@ -116,6 +116,24 @@ def test_who_mends_damage_keeps_the_outbox_for_all(accounts, path):
     check_shared(path)
 
 
+def test_root_mends_for_whoever_the_outbox_is_of(accounts, path):
+    """In a directory that anybody may use, as /tmp, what belongs to its owner is of no use to others."""
+    os.chown(path.parent, 0, 0)
+    path.parent.chmod(0o1777)
+    assert accounts.run(MEMBER, path, *ENQUEUE, "1").returncode == 0
+    before = os.stat(path)
+    with open(path, "r+b") as file:
+        file.write(b"garbage")
+    here = {"VERSIONER_API_URL": "http://127.0.0.1:1", "VERSIONER_API_KEY": KEY}
+    done = accounts.run("root", path, "flush", "--timeout", "1", **here)
+
+    after = os.stat(path)
+    assert b"the outbox was damaged" in done.stderr
+    assert after.st_ino != before.st_ino
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+    assert accounts.run(MEMBER, path, *ENQUEUE, "2").returncode == 0
+
+
 def test_the_owners_agent_delivers_what_members_queue(accounts, path, serve):
     server = serve(lambda seen: accepted(f"evt-{seen.key}"))
     env = accounts.env(path, VERSIONER_API_URL=server.url, VERSIONER_API_KEY=KEY)
