@@ -43,6 +43,7 @@ def test_every_command_has_help(cli, name):
 
     assert done.code == 0
     assert done.out.startswith(f"Usage: versioner-agent {name} ")
+    assert "\\b" not in done.out  # the mark of a block that is not to be wrapped
 
 
 @pytest.mark.parametrize(("given", "meant"), [("enque", "enqueue"), ("stats", "status"), ("lst", "list")])

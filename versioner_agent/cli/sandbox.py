@@ -52,7 +52,7 @@ def sandbox(
     retry_after: str | None,
     blocked: tuple[str, ...],
 ) -> None:
-    r"""Serve the documented Versioner API on this machine.
+    """Serve the documented Versioner API on this machine.
 
     Accepts builds and deployments as the API's documentation says, keeps them in memory and lists them under /events.
     Nothing leaves this machine. One line per request goes to stderr. Stop it with Ctrl-C.
