@@ -24,7 +24,8 @@ needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs 
 
 
 def _strace(*options):
-    return ("strace", "-f", "-qq", *options)
+    # Python would write what it compiled on a first run only, which is no point of ours to kill at.
+    return ("strace", "-f", "-qq", "-E", "PYTHONDONTWRITEBYTECODE=1", *options)
 
 
 def killed_at(call, number, command, *, env, stdin=b"", within=60):
