@@ -6,14 +6,13 @@ Every key with pending records is in one of four places: under way (the caller k
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from versioner_agent.ledger import Ledger
 from versioner_agent.policy import Pace
 from versioner_agent.records import Record
 
 WINDOW = 1000  # keys remembered as ready
-WELL_LOOKED_AT = 20  # keys that were well when last tried, looked at for a probe
 REFILL = 64  # keys one refill looks for
 
 
@@ -54,15 +53,20 @@ class Chooser:
         if self._pace.is_open:
             return self._probe(now)
         retrying = sum(self._pace.is_retrying(key) for key in busy)
-        while retrying < self._pace.max_retrying():
-            key = self._pace.first_due(now, busy)
-            if key is None:
-                break
+        slots = self._pace.max_retrying()
+        found = self._next_due(now, busy) if retrying < slots else None
+        found = found or self._next_ready(busy)
+        if found is None and slots == retrying == 0:
+            found = self._next_due(now, busy)
+        return found
+
+    def _next_due(self, now: float, busy: set[str]) -> tuple[Record, bytes] | None:
+        while (key := self._pace.first_due(now, busy)) is not None:
             found = self._ledger.head(key)
             if found is not None:
                 return found
             self._pace.forget(key)
-        return self._next_ready(busy)
+        return None
 
     def _next_ready(self, busy: set[str]) -> tuple[Record, bytes] | None:
         while self._ready or self._refill(busy):
@@ -93,15 +97,16 @@ class Chooser:
     def _probe(self, now: float) -> tuple[Record, bytes] | None:
         """Return the head of a key not tried since the breaker opened, else of the next one in turn.
 
-        A key that was well goes first: where only others are in trouble, it shows that the API is there.
+        A key that was well goes first, then one that has not failed: where only others are in trouble, it shows that
+        the API is there.
         """
-        for key in self._pace.well(WELL_LOOKED_AT):
+        for key in self._pace.well():
             found = self._ledger.head(key)
             if found is not None:
                 return found
-        for tried in (self._pace.tried, frozenset()):
-            skip = _Waiting(tried, self._pace, now)
+        for is_passed_over in (self._pace.has_failed, self._pace.was_tried, _nobody):
             cursor, ends = self._probe_cursor, 0
+            skip = _Waiting(is_passed_over, self._pace, now)
             while ends < 2:
                 seek = self._ledger.keys(cursor, 1, skip)
                 cursor = seek.after
@@ -115,14 +120,18 @@ class Chooser:
         return None
 
 
-class _Waiting:
-    """The keys not to be probed: tried already, or asked to wait."""
+def _nobody(_key: str) -> bool:
+    return False
 
-    def __init__(self, tried: Container[str], pace: Pace, now: float) -> None:
-        self._tried, self._pace, self._now = tried, pace, now
+
+class _Waiting:
+    """The keys not to be probed: passed over, or asked to wait."""
+
+    def __init__(self, is_passed_over: Callable[[str], bool], pace: Pace, now: float) -> None:
+        self._is_passed_over, self._pace, self._now = is_passed_over, pace, now
 
     def __contains__(self, key: object) -> bool:
-        return key in self._tried or (isinstance(key, str) and self._pace.is_asked_to_wait(key, self._now))
+        return isinstance(key, str) and (self._is_passed_over(key) or self._pace.is_asked_to_wait(key, self._now))
 
 
 class _Known:

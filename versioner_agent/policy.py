@@ -8,7 +8,6 @@ wall clock can stall or flood anything. Full jitter: uniform(0, min(cap, base·2
 from __future__ import annotations
 
 from collections.abc import Container
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from versioner_agent.outcomes import Outcome
@@ -133,18 +132,24 @@ class Pace:
         """Tell whether the last try of *key* failed."""
         return key in self._delays
 
+    def has_failed(self, key: str) -> bool:
+        """Tell whether *key* has failed, or was tried in vain since the breaker opened, and had no verdict since."""
+        return key in self._delays or key in self._forgiven or key in self._tried
+
+    def was_tried(self, key: str) -> bool:
+        """Tell whether *key* was tried since the breaker opened."""
+        return key in self._tried
+
     def max_retrying(self) -> int:
-        """Return how many slots failing keys may fill: slow ones must leave room for the healthy."""
-        return max(1, self.concurrency // 2)
+        """Return how many slots failing keys may fill: slow ones must leave room for the healthy.
 
-    @property
-    def tried(self) -> Container[str]:
-        """The keys tried since the breaker opened."""
-        return self._tried
+        None in the first step of a slow start, or those that fail on would open the breaker again at once.
+        """
+        return max(1, self.concurrency // 2) if self._limit == self.concurrency else self._limit // 2
 
-    def well(self, most: int) -> list[str]:
-        """Return up to *most* keys that had a verdict and were not tried since the breaker opened, the latest first."""
-        return list(islice((key for key in reversed(self._well) if key not in self._tried), most))
+    def well(self) -> list[str]:
+        """Return the keys that had a verdict and were not tried since the breaker opened, the latest first."""
+        return [key for key in reversed(self._well) if key not in self._tried]
 
     def is_asked_to_wait(self, key: str, now: float) -> bool:
         """Tell whether a Retry-After for *key* still runs."""

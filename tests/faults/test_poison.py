@@ -162,3 +162,38 @@ def test_many_products_in_trouble_do_not_starve_one_that_is_well(bench, wait_s):
 
     assert b.failed == []
     assert b.wire.versions("well") == [str(number) for number in range(1, 21)]
+
+
+@pytest.mark.parametrize("trouble", [UNAVAILABLE, SILENCE], ids=["503", "silence"])
+def test_a_fresh_event_is_asked_with_before_those_that_failed_however_many_they_are(bench, trouble):
+    """Of a product that was well, though forty others were since, and of one that is new."""
+    b = bench(concurrency=4)
+    well = [f"well-{number:02}" for number in range(40)]
+    for product in well:
+        b.queue(product)
+    b.drain()
+    sick = [f"a-{number:02}" for number in range(40)]
+    for product in sick:
+        b.queue(product, 2)
+
+    def answer():
+        while b.wire._waiting:
+            b.answer(*((product, trouble if product in sick else DELIVERED) for product in list(b.wire._waiting)))
+
+    for _ in range(600):
+        b.step(after=10.0)
+        answer()
+    for version, product in enumerate([well[0], "a-new", well[20], well[39]], start=2):
+        b.queue(product, first=version)
+        tried = len(b.wire.sent)
+        for _ in range(121):
+            b.step(after=1.0)
+            if product in b.wire._waiting or b.states()["pending"] == 80:
+                break
+            answer()
+        answer()
+        probes = [name for name, _, _ in b.wire.sent[tried:]]
+        assert str(version) in b.wire.versions(product)
+        assert probes.index(product) <= 1
+
+    assert b.failed == []
