@@ -181,10 +181,13 @@ def load(flags: Mapping[str, Any], env: Mapping[str, str], config: str | None = 
     """
     named = config or env.get(ENV_CONFIG)
     paths = [named] if named else [os.path.join(_user_directory("config", env), "config.toml"), SYSTEM_FILE]
-    found = [_read(path) for path in paths]
+    # Without a home the user's directories are relative: each place would have its own.
+    found = [_read(path) for path in paths if named or os.path.isabs(path)]
     settings = resolve(flags, env, [file for file in found if file is not None])
     if settings.values["db"] is None:
         settings.values["db"] = os.path.join(_user_directory("state", env), "outbox.db")
+        if not os.path.isabs(settings.db):
+            raise ConfigError(["there is no home directory to keep the outbox in"], "set HOME, or name it with --db")
     return settings
 
 
@@ -269,13 +272,16 @@ def _read(path: str) -> File | None:
 
 def _read_key_file(path: str, *, missing_is_error: bool) -> str:
     try:
-        return _contents(path, MAX_KEY_BYTES)[0].decode("utf-8", "replace").strip()
+        content, _ = _contents(path, MAX_KEY_BYTES)
     except FileNotFoundError as exc:
         if not missing_is_error:
             return ""
         raise ConfigError([f"api_key_file: {path} does not exist"]) from exc
     except OSError as exc:
         raise ConfigError([f"can't read the API key from {path}: {exc.strerror}"]) from exc
+    if len(content) > MAX_KEY_BYTES:
+        raise ConfigError([f"{path}: over {MAX_KEY_BYTES} bytes, which is no API key"])
+    return content.decode("utf-8", "replace").strip()
 
 
 def _contents(path: str, most: int) -> tuple[bytes, int]:
@@ -284,11 +290,14 @@ def _contents(path: str, most: int) -> tuple[bytes, int]:
     A pipe is refused: its writer may never come, which must not hold up a build, or the agent.
     """
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    with open(fd, "rb") as file:
+    try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISFIFO(mode):
             raise OSError(errno.ESPIPE, "it is a pipe, not a file")
-        return file.read(most + 1), mode
+        with open(fd, "rb", closefd=False) as file:  # refuses a directory, and leaves its descriptor open
+            return file.read(most + 1), mode
+    finally:
+        os.close(fd)
 
 
 def _user_directory(purpose: str, env: Mapping[str, str]) -> str:

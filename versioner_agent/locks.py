@@ -7,11 +7,12 @@ processes hold "the same" lock) and never opened through a symbolic link.
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
+
+from versioner_agent.files import open_beside
 
 QUEUE_SUFFIX = ".queue"
 FLUSHER_SUFFIX = ".flusher"
@@ -24,42 +25,6 @@ _NOTES_AT = 2
 _NOTE_BYTES = 10
 # struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
 _FLOCK = "hhqqi4x"
-
-
-def _file_mode(mode: int) -> int:
-    """Return the mode of files made in a directory of *mode*: 0660 where a group shares it (setgid), else 0600."""
-    return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
-
-
-_FLAGS = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-
-
-def open_beside(path: str) -> int:
-    """Open *path* read-write, made with the mode of its place if it is missing; raises OSError."""
-    try:
-        return os.open(path, _FLAGS)
-    except FileNotFoundError:
-        pass
-    try:
-        return create_beside(path)
-    except FileExistsError:
-        return os.open(path, _FLAGS)
-
-
-def create_beside(path: str) -> int:
-    """Make the file *path* and open it read-write; raises FileExistsError where there is one, OSError.
-
-    `open` applies the umask, so a group member with umask 077 would lock the others out: hence fchmod. What root makes
-    belongs to the owner of the directory, who could not use it otherwise.
-    """
-    place = os.stat(os.path.dirname(path))
-    mode = _file_mode(place.st_mode)
-    fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
-    os.fchmod(fd, mode)
-    if os.geteuid() == 0:
-        with suppress(OSError):  # a file system without owners
-            os.fchown(fd, place.st_uid, place.st_gid)
-    return fd
 
 
 class WriteQueue:
@@ -217,6 +182,8 @@ class FlusherLock:
         except (BlockingIOError, PermissionError):
             return False
         self._claimed = (*self._claimed, byte)
+        if os.fstat(self._fd).st_nlink > 1:
+            return True  # a hard link: what it shares may be somebody's file
         with suppress(OSError):  # a full disk must not keep anybody from delivering
             os.pwrite(self._fd, str(os.getpid()).rjust(_NOTE_BYTES).encode(), _note_at(byte))
         return True

@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
             "message": mask_keys(record.getMessage()),
         }
         line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
-        return json_line(line)
+        return json_line(line, sys.stderr)
 
 
 def configure(log_format: str, log_level: str) -> None:

@@ -17,9 +17,10 @@ import time
 from versioner_agent.creation import make_tables, sync_directory
 from versioner_agent.damage import Damage, examine, find, is_large, noted, recount, refuse_foreign
 from versioner_agent.errors import OutboxDamaged, OutboxError
-from versioner_agent.locks import QUEUE_SUFFIX, create_beside
+from versioner_agent.files import create_beside, inode_of
+from versioner_agent.locks import QUEUE_SUFFIX
 from versioner_agent.salvage import Salvage, rows_of
-from versioner_agent.storage import Store, inode_of
+from versioner_agent.storage import Store
 
 IDS_KEPT = 20
 MENDING_SUFFIX = ".mending"

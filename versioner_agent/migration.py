@@ -13,7 +13,7 @@ import sqlite3
 from versioner_agent import schema
 from versioner_agent.creation import sync_directory
 from versioner_agent.errors import OutboxFull
-from versioner_agent.locks import create_beside
+from versioner_agent.files import create_beside
 from versioner_agent.storage import Store
 
 #: Room that the migration itself may take beside the copy (bytes).

@@ -7,30 +7,20 @@ forgivingly. Of the other tables only what matters is kept: where the outbox del
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sqlite3
-import stat
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from versioner_agent import events, schema
+from versioner_agent.files import open_plain
 from versioner_agent.pages import EVENT_ID, PAGE_BYTES, Row, rows
 from versioner_agent.records import Record, is_intact
 
 MAX_TIME = 253_402_300_800.0  # the year 10000
 #: Ids that a damaged counter may be ahead of the last record found, to be believed.
 MAX_PRUNED = 10_000_000
-
-
-def open_plain(path: str) -> int:
-    """Open a file for reading past SQLite; raises OSError, also for what is no file: a pipe could keep us for ever."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is not a regular file", path)
-    return fd
 
 
 def rows_of(path: str) -> Iterator[Row]:

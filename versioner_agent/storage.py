@@ -20,7 +20,8 @@ from typing import Any
 
 from versioner_agent import schema
 from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
-from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue, open_beside
+from versioner_agent.files import inode_of, open_beside, open_plain, size_of
+from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue
 
 DEFAULT_BUSY_TIMEOUT_S = 10.0
 PATIENCE = 3
@@ -71,7 +72,7 @@ class Store:
         with self.translated():
             if not create and inode_of(self.path) is None:
                 raise self._missing()
-            if not self.is_remembered() and _size_of(self.path):
+            if not self.is_remembered() and size_of(self.path):
                 with suppress(OutboxMissing):
                     self._connected(create=False)  # somebody else's file gets no queue beside it
             with self.turn():
@@ -154,7 +155,7 @@ class Store:
 
     def is_remembered(self) -> bool:
         """Tell whether an outbox was made here: then a missing or empty file is damage, not a fresh start."""
-        return _size_of(self.path + QUEUE_SUFFIX) > 0
+        return size_of(self.path + QUEUE_SUFFIX) > 0
 
     def _connected(self, *, create: bool) -> sqlite3.Connection:
         """Return the connection to the file that is at the path now: it may have been replaced while we waited."""
@@ -193,14 +194,18 @@ class Store:
             )
 
     def _connect(self, *, create: bool) -> sqlite3.Connection:
+        has_journal = self._has_journal()
         connection = self._raw_connection()
         try:
             # Before any setting is made: a file that is not ours must not be changed.
             # In one transaction, for somebody may be making the tables just now.
             is_new = False
+            if has_journal:
+                # Else SQLite, whose own mode is to delete it, would give its space away as it rolls back.
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             connection.execute("BEGIN")
             application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
-            is_unmade = pages == 0 and not _size_of(self.path)
+            is_unmade = pages == 0 and not size_of(self.path)
             connection.execute("COMMIT")
             if is_unmade or (application_id, self.version, pages, vacuum) == _HALF_MADE:
                 # Just being made, or by somebody who was killed before the first commit.
@@ -215,6 +220,9 @@ class Store:
                 raise self.unknown_version(self.version)
             connection.execute("PRAGMA synchronous = FULL")
             self._leave_wal(connection)
+            if has_journal:
+                connection.execute("PRAGMA locking_mode = NORMAL")
+                connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()  # the next read gives locks back
             # What is deleted is overwritten, so that salvage finds no old copies.
             connection.execute("PRAGMA secure_delete = ON")
             # Damaged text must not make a page of records unreadable; its digest tells.
@@ -225,6 +233,17 @@ class Store:
             connection.close()
             raise
         return connection
+
+    def _has_journal(self) -> bool:
+        """Tell whether the journal is of a transaction under way, or cut short; raises OSError for what is no file."""
+        try:
+            fd = open_plain(self.path + "-journal", follow=False)
+        except FileNotFoundError:
+            return False
+        try:
+            return any(os.read(fd, 8))  # zero, once the transaction is over (https://sqlite.org/fileformat2.html)
+        finally:
+            os.close(fd)
 
     def keep_rollback_journal(self) -> None:
         """Leave write-ahead logging again, should somebody have switched it on and be gone."""
@@ -360,22 +379,6 @@ def _group_name(gid: int) -> str:
         return grp.getgrgid(gid).gr_name
     except (ImportError, KeyError):
         return str(gid)
-
-
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
-
-
-def inode_of(path: str) -> tuple[int, int] | None:
-    """Return what tells the file at *path* from one that takes its place; None where there is none."""
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def placeholders(values: list[Any]) -> str:

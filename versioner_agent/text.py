@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 #: What an API key looks like (`sk_{account}_{id}_{random}`, Event Tracking API documentation, Authentication).
 #: Behind a word it is none (`task_…`), behind an escape of JSON it may be.
@@ -25,9 +25,13 @@ def printable(value: str) -> str:
     return _escaped(value, lambda character: character.encode("unicode_escape", "backslashreplace").decode("ascii"))
 
 
-def json_line(value: Any) -> str:
-    """Return *value* as JSON on one line, letters as they are and what could steer a terminal as JSON's escapes."""
-    return _escaped(json.dumps(value, ensure_ascii=False), lambda character: json.dumps(character)[1:-1])
+def json_line(value: Any, stream: TextIO) -> str:
+    """Return *value* as JSON on one line, letters as they are and what could steer a terminal as JSON's escapes.
+
+    Where *stream* is not UTF-8, as JSON is (RFC 8259 section 8.1), letters are escaped too.
+    """
+    is_utf8 = (stream.encoding or "").lower().replace("_", "-") in ("utf-8", "utf8")
+    return _escaped(json.dumps(value, ensure_ascii=not is_utf8), lambda character: json.dumps(character)[1:-1])
 
 
 def _escaped(value: str, escape: Callable[[str], str]) -> str:

@@ -27,7 +27,7 @@ _ORGANISATION = bytes((0x55, 0x04, 0x0A))  # OID 2.5.4.10
 def trust(ca_bundle: str | None) -> tuple[ssl.SSLContext, str]:
     """Return a verifying context and the name of the store it uses; raises ConfigError for an unusable *ca_bundle*.
 
-    SSL_CERT_FILE and SSL_CERT_DIR replace the system's store, as in every program that uses OpenSSL.
+    SSL_CERT_FILE and SSL_CERT_DIR replace the system's store, and SSLKEYLOGFILE has a say, as wherever OpenSSL is used.
     """
     if ca_bundle:
         try:
@@ -36,6 +36,14 @@ def trust(ca_bundle: str | None) -> tuple[ssl.SSLContext, str]:
             return ssl.create_default_context(cafile=ca_bundle), f"ca_bundle {ca_bundle}"
         except (OSError, ssl.SSLError) as exc:
             raise ConfigError([f"ca_bundle: can't read certificates from {ca_bundle}: {exc}"]) from exc
+    try:
+        return _system_trust()
+    except OSError as exc:
+        where = f"SSLKEYLOGFILE {os.environ['SSLKEYLOGFILE']}" if os.environ.get("SSLKEYLOGFILE") else "the trust store"
+        raise ConfigError([f"can't use {where}: {exc.strerror or exc}"]) from exc
+
+
+def _system_trust() -> tuple[ssl.SSLContext, str]:
     paths = ssl.get_default_verify_paths()
     for variable in (paths.openssl_cafile_env, paths.openssl_capath_env):
         if os.environ.get(variable):

@@ -149,3 +149,16 @@ def test_a_name_that_the_terminal_cannot_show_ends_nothing(host_for, encoding):
     assert done.returncode == 0, done.stderr
     # click itself takes an ASCII stream for UTF-8.
     assert ("p\u0103yments".encode() if encoding == "ascii" else rb"p\u0103yments") in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "koi8-r", "utf-8"])
+@pytest.mark.parametrize("command", [(), ("list",)], ids=["enqueue", "list"])
+def test_json_is_json_in_every_encoding(host_for, encoding, command):
+    host = host_for()
+    name = "x\U0001f600é\u202e"
+    done = host.run("enqueue", "build", "--product", name, "--version", "1", "--json", PYTHONIOENCODING=encoding)
+    if command:
+        done = host.run(*command, "--json", PYTHONIOENCODING=encoding)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8"))["product_name"] == name

@@ -117,6 +117,19 @@ def test_a_symbolic_link_in_place_of_a_side_file_is_not_followed(tmp_path, suffi
     assert victim.read_bytes() == b"precious" * 1000
 
 
+def test_what_shares_a_side_file_by_a_hard_link_is_not_written_to(tmp_path):
+    path, victim = str(tmp_path / "outbox.db"), tmp_path / "victim"
+    with Outbox(path) as outbox:
+        outbox.enqueue("build", BUILD)
+    victim.write_bytes(b"precious" * 1000)
+    os.link(victim, path + ".flusher")
+    lock = FlusherLock(path)
+
+    assert lock.claim_delivery()
+    assert victim.read_bytes() == b"precious" * 1000
+    lock.close()
+
+
 @needs_accounts
 class TestShared:
     """In a directory that a group shares, a member may plant what it likes."""

@@ -152,7 +152,7 @@ def test_a_log_left_behind_is_not_played_into_the_new_file(host_for, loss):
 # --- pipes and other things that are no files
 
 
-@pytest.mark.parametrize("suffix", ["", ".flusher", ".queue"])
+@pytest.mark.parametrize("suffix", ["", "-journal", "-wal", "-shm", ".flusher", ".queue"])
 @pytest.mark.parametrize("command", ["enqueue", "status", "list", "doctor", "flush", "run"])
 def test_a_pipe_in_place_of_a_file_holds_nobody_up(host_for, serve, suffix, command):
     server = serve()

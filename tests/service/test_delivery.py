@@ -458,6 +458,12 @@ def test_a_store_named_by_the_environment_is_used_and_named(secure, certificate,
     assert name == "SSL_CERT_FILE" or f"checked against {name} {value}" in outcome.detail
 
 
+def test_an_environment_that_makes_tls_unusable_is_a_configuration_error(monkeypatch):
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nonexistent/keys")
+    with pytest.raises(ConfigError, match="can't use SSLKEYLOGFILE /nonexistent/keys: No such file"):
+        send("https://api.example")
+
+
 def test_a_ca_bundle_makes_the_certificate_trusted(secure, certificate):
     outcome = send(Target(secure.url, ca_bundle=str(certificate / "cert.pem")))
 

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from versioner_agent import locks
+from versioner_agent import files
 from versioner_agent.locks import FlusherLock, Presence, WriteQueue
 
 HOLD = """
@@ -244,7 +244,7 @@ def test_file_is_shared_only_where_a_group_shares_the_directory(tmp_path, direct
     shared.mkdir()
     shared.chmod(directory)
     umask(0o077)
-    os.close(locks.open_beside(str(shared / "file")))
+    os.close(files.open_beside(str(shared / "file")))
 
     assert stat.S_IMODE((shared / "file").stat().st_mode) == mode
 
@@ -252,7 +252,7 @@ def test_file_is_shared_only_where_a_group_shares_the_directory(tmp_path, direct
 def test_file_that_is_there_keeps_its_mode(tmp_path):
     (tmp_path / "file").touch(0o640)
     (tmp_path / "file").chmod(0o640)
-    os.close(locks.open_beside(str(tmp_path / "file")))
+    os.close(files.open_beside(str(tmp_path / "file")))
 
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
 

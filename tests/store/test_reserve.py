@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -82,6 +84,24 @@ def test_a_journal_that_somebody_removed_is_grown_again(outbox):
     reserve.keep(outbox.store)
 
     assert journal_bytes(outbox.store) >= RESERVE_BYTES
+
+
+def test_a_journal_that_is_rolled_back_keeps_its_size(outbox):
+    """SQLite's own way is to delete it, and a neighbour would eat what that frees."""
+    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "ok"})
+    outbox.close()
+    killed = "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+    killed += "c.execute('PRAGMA journal_mode = PERSIST'); c.execute('PRAGMA cache_size = 1'); c.execute('BEGIN')\n"
+    killed += "c.execute('UPDATE record SET detail = zeroblob(90000)'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", killed, outbox.store.path], check=True)
+    before = journal_bytes(outbox.store)
+
+    record, _, _ = review.show(outbox.store, 1)
+
+    assert record.detail is None
+    assert journal_bytes(outbox.store) == before >= RESERVE_BYTES
+    with Outbox(outbox.store.path, busy_timeout=0.1) as other:  # and no lock was kept
+        other.enqueue("build", {"product_name": "p", "version": "2", "status": "ok"})
 
 
 @pytest.mark.parametrize("outcome", [DELIVERED, CONFLICT, SILENCE], ids=lambda outcome: outcome.reason)

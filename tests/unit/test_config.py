@@ -9,7 +9,7 @@ import platformdirs
 import pytest
 
 from versioner_agent import config
-from versioner_agent.config import File, load, read_key, resolve
+from versioner_agent.config import MAX_KEY_BYTES, File, load, read_key, resolve
 from versioner_agent.errors import ConfigError
 
 USER = "/home/me/config.toml"
@@ -362,6 +362,34 @@ def test_directories_are_those_of_platformdirs(monkeypatch, purpose, home):
     expected = {"config": platformdirs.user_config_dir, "state": platformdirs.user_state_dir}[purpose]
 
     assert config._user_directory(purpose, os.environ) == expected("versioner-agent", appauthor=False)
+
+
+@pytest.mark.parametrize("home", ["~", "relative"])
+def test_without_a_home_there_must_be_an_outbox_named(monkeypatch, home):
+    """Or each directory would get one of its own, from which nobody delivers."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+
+    (problem,) = problems_of(load, {}, {})
+    assert "no home directory" in problem
+    assert load({"db": "/named/outbox.db"}, {}).db == "/named/outbox.db"
+
+
+def test_a_key_file_that_is_too_long_is_refused_and_not_cut(tmp_path):
+    path = tmp_path / "key"
+    path.write_bytes(b"k" * (MAX_KEY_BYTES + 1))
+    (problem,) = problems_of(read_key, resolve({"api_key_file": str(path)}, {}, []), {})
+
+    assert problem == f"{path}: over {MAX_KEY_BYTES} bytes, which is no API key"
+
+
+def test_a_key_file_that_cannot_be_read_costs_no_descriptor(tmp_path):
+    """It is read before each try, for days."""
+    settings = resolve({"api_key_file": str(tmp_path)}, {}, [])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        problems_of(read_key, settings, {})
+
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("kind", ["config", "key"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -52,7 +53,7 @@ def load_settings(options: dict[str, Any]) -> Settings:
 
 def echo_json(value: Any) -> None:
     """Print one JSON object on one line."""
-    click.echo(json_line(value))
+    click.echo(json_line(value, sys.stdout))
 
 
 def wants_color() -> bool | None:

@@ -1,0 +1,71 @@
+"""Files of an outbox: looked at, opened and made, but for what SQLite does itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+_SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_UNLINKED = getattr(os, "O_NOFOLLOW", 0)
+_BESIDE = os.O_RDWR | _SAFELY | _UNLINKED
+
+
+def inode_of(path: str) -> tuple[int, int] | None:
+    """Return what tells the file at *path* from one that takes its place; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def size_of(path: str) -> int:
+    """Return the size in bytes, 0 where there is no file."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def open_plain(path: str, *, follow: bool = True) -> int:
+    """Open a file for reading past SQLite; raises OSError, also for what is no file: a pipe could keep us for ever."""
+    fd = os.open(path, os.O_RDONLY | _SAFELY | (0 if follow else _UNLINKED))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return fd
+
+
+def open_beside(path: str) -> int:
+    """Open *path* read-write, made with the mode of its place if it is missing; raises OSError."""
+    try:
+        return os.open(path, _BESIDE)
+    except FileNotFoundError:
+        pass
+    try:
+        return create_beside(path)
+    except FileExistsError:
+        return os.open(path, _BESIDE)
+
+
+def create_beside(path: str) -> int:
+    """Make the file *path* and open it read-write; raises FileExistsError where there is one, OSError.
+
+    `open` applies the umask, so a group member with umask 077 would lock the others out: hence fchmod. What root makes
+    belongs to the owner of the directory, who could not use it otherwise.
+    """
+    place = os.stat(os.path.dirname(path))
+    mode = _file_mode(place.st_mode)
+    fd = os.open(path, _BESIDE | os.O_CREAT | os.O_EXCL, mode)
+    os.fchmod(fd, mode)
+    if os.geteuid() == 0:
+        with suppress(OSError):  # a file system without owners
+            os.fchown(fd, place.st_uid, place.st_gid)
+    return fd
+
+
+def _file_mode(mode: int) -> int:
+    """Return the mode of files made in a directory of *mode*: 0660 where a group shares it (setgid), else 0600."""
+    return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
