@@ -8,9 +8,10 @@ import random
 from typing import NamedTuple
 
 from versioner_agent import events
+from versioner_agent.files import PAGE_BYTES
 from versioner_agent.ledger import Ledger
 from versioner_agent.outbox import Destination, Outbox
-from versioner_agent.pages import PAGE_BYTES, row_at, rows
+from versioner_agent.pages import row_at, rows
 from versioner_agent.records import Record, is_intact
 from versioner_agent.storage import Store
 
@@ -126,7 +127,7 @@ def _places(data):
         (number, row.start): row
         for number in range(2, count + 1)
         for row in rows(read(number), read)
-        if _is_proven(row)
+        if not row.is_free and _is_proven(row)
     }
 
 

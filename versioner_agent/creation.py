@@ -7,11 +7,7 @@ import sqlite3
 
 from versioner_agent import schema
 from versioner_agent.errors import OutboxError
-from versioner_agent.pages import PAGE_BYTES
-
-#: What only recording deliveries may use, and the room that is needed to set it aside (bytes).
-RESERVE_BYTES = 384 * 1024
-ROOM_BYTES = 4 * RESERVE_BYTES
+from versioner_agent.files import PAGE_BYTES, RESERVE_BYTES
 
 
 def make_tables(connection: sqlite3.Connection) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from versioner_agent import damage, review
+from versioner_agent import damage, review, schema
 from versioner_agent.errors import OutboxError
 from versioner_agent.storage import OutboxMissing, Store
 
@@ -33,6 +33,9 @@ def _outbox(store: Store, *, deep: bool) -> Finding:
         return Finding("outbox", "ok", exc.message, exc.hint or "")
     except OutboxError as exc:
         return Finding("outbox", "error", exc.message, exc.hint or "")
+    if store.version > schema.VERSION:
+        newer = store.unknown_version(store.version)
+        return Finding("outbox", "error", f"{newer.message}: events are queued and not delivered", newer.hint or "")
     is_whole = deep or not damage.is_large(store)
     how = "the whole file is" if is_whole else "header and tables (--deep reads it all, while queuing waits) are"
     return Finding("outbox", "ok", f"{store.path} ({bytes_ / 1024:.0f} KiB): {how} sound")

@@ -7,6 +7,14 @@ import os
 import stat
 from contextlib import suppress
 
+PAGE_BYTES = 4096  # as every outbox is made
+#: What only recording deliveries may use, in the file and in its journal (bytes).
+RESERVE_BYTES = 384 * 1024
+#: Below this much free space nothing new is accepted (bytes).
+FLOOR_BYTES = 256 * 1024
+#: Free space that is needed to set the reserve aside (bytes).
+ROOM_BYTES = 2 * RESERVE_BYTES + FLOOR_BYTES
+
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
 _BESIDE = os.O_RDWR | _SAFELY | _UNLINKED
@@ -69,3 +77,13 @@ def create_beside(path: str) -> int:
 def _file_mode(mode: int) -> int:
     """Return the mode of files made in a directory of *mode*: 0660 where a group shares it (setgid), else 0600."""
     return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
+
+
+def group_name(gid: int) -> str:
+    """Return the name of a group, its number where it has none."""
+    try:
+        import grp  # noqa: PLC0415  # POSIX only, and only for a message
+
+        return grp.getgrgid(gid).gr_name
+    except (ImportError, KeyError):
+        return str(gid)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from versioner_agent import mending, migration, reserve, settling
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
-from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
+from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.outbox import Destination
 from versioner_agent.records import COLUMNS, Record, as_record, number, text
 from versioner_agent.schema import ALL_STATES
@@ -25,7 +25,7 @@ from versioner_agent.text import bounded
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
 PRUNE_STEP = 200
 BATCH_ABANDONED_S = 3600.0
-KEPT_FREE_BYTES = 2 * ROOM_BYTES
+KEPT_FREE_BYTES = 8 * RESERVE_BYTES
 BRIEF_CHARS = 200  # of the API's words, on a full disk
 
 

@@ -71,9 +71,9 @@ def _replace(store: Store, what: str) -> Damage:
     try:
         with contextlib.suppress(OutboxError), store.read() as connection:
             connection.execute("SELECT 1 FROM record LIMIT 1").fetchone()  # rolls back what a crash left half done
-        earlier, before = _earlier(store), _records(store)
+        earlier, before, live = _earlier(store), _records(store), _live(store)
         store.disconnect()
-        damage = _build(store, side, Damage(now, what, kept, {}, 0, [], earlier), before)
+        damage = _build(store, side, Damage(now, what, kept, {}, 0, [], earlier), before, live)
         for suffix in ("", *JOURNALS):
             _keep(store.path + suffix, name + suffix)
         # No old journal must ever be there beside the new file: SQLite would take it for the new file's.
@@ -89,7 +89,7 @@ def _replace(store: Store, what: str) -> Damage:
     return damage
 
 
-def _build(store: Store, side: str, damage: Damage, before: int) -> Damage:
+def _build(store: Store, side: str, damage: Damage, before: int, live: frozenset[int]) -> Damage:
     """Make a synced outbox at *side* of what is found at the store's path, where *before* records are known of."""
     fd = create_beside(side)
     try:
@@ -99,7 +99,7 @@ def _build(store: Store, side: str, damage: Damage, before: int) -> Damage:
             connection.execute("PRAGMA journal_mode = MEMORY")
             make_tables(connection)
             connection.execute("BEGIN")
-            found = Salvage(connection)
+            found = Salvage(connection, live)
             if damage.kept:
                 for number, row in enumerate(rows_of(store.path)):
                     found.take(row)
@@ -164,3 +164,15 @@ def _records(store: Store) -> int:
     except OutboxError:
         return 0
     return sum(row[0] for row in counts if isinstance(row[0], int))
+
+
+def _live(store: Store) -> frozenset[int]:
+    """Return the ids that an index names, which is not touched where a page of records was torn; none if unreadable."""
+    try:
+        with store.read() as connection:
+            return frozenset(row[0] for row in connection.execute(LIVE).fetchall())
+    except OutboxError:
+        return frozenset()
+
+
+LIVE = "SELECT id FROM record INDEXED BY record_state"

@@ -27,11 +27,10 @@ from versioner_agent.batches import (
     hand_over_batch,
 )
 from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
+from versioner_agent.files import FLOOR_BYTES, ROOM_BYTES
 from versioner_agent.integrity import digest
 from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, Store
 
-#: Below this much free space nothing new is accepted: what is left belongs to recording deliveries (bytes).
-FREE_SPACE_FLOOR = 256 * 1024
 LIVE_STATES = ("pending", "delivered", "exported")
 CLOCK_WARNING = "this host's clock is before the agent's release: events are queued without automatic times"
 
@@ -188,17 +187,22 @@ class Outbox:
                     f"this outbox delivers to {bound}, the event is meant for {destination}",
                     "use another outbox (--db) for it, or `flush --new-destination` to move this one",
                 )
-        if self.store.free_space() < FREE_SPACE_FLOOR and not self._has_room_inside():
-            raise OutboxFull(
-                f"no space left for the outbox {self.store.path}: below {FREE_SPACE_FLOOR // 1024} KiB "
-                "nothing new is queued",
-                "free some space, then try again",
-            )
+        self._check_space(connection)
 
-    def _has_room_inside(self) -> bool:
+    def _check_space(self, connection: sqlite3.Connection) -> None:
+        """Accept nothing whose delivery there would be no room to record, should others fill the disk by then."""
+        free = self.store.free_space()
+        is_reserved = self.store.has_reserve(connection)
+        if is_reserved and free >= FLOOR_BYTES:
+            return
         from versioner_agent import reserve  # noqa: PLC0415  # only on a full disk
 
-        return reserve.has_room_inside(self.store, FREE_SPACE_FLOOR)
+        if not reserve.has_room_inside(self.store, FLOOR_BYTES):
+            needed = FLOOR_BYTES if is_reserved else ROOM_BYTES
+            raise OutboxFull(
+                f"no space left for the outbox {self.store.path}: below {needed // 1024} KiB nothing new is queued",
+                "free some space, then try again",
+            )
 
     def _enqueue_staged(
         self, chunks: list[list[_Ready]], context: _Context, destination: Destination | None

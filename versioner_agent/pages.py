@@ -11,7 +11,8 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-PAGE_BYTES = 4096  # as every outbox is made
+from versioner_agent.files import PAGE_BYTES
+
 LEAF = 0x0D
 MAX_ROW_BYTES = 4 * 1024 * 1024  # several times what an event may have
 
@@ -34,13 +35,14 @@ class Row(NamedTuple):
     start: int
     end: int
     is_whole: bool = True  # False: its overflow pages are gone, and the last values with them
+    is_free: bool = False  # True: it lies where its page says that nothing is, as old copies do
 
 
 def rows(page: bytes, read: Pages) -> Iterator[Row]:
     """Yield the rows of one page: by its pointers, then those that no pointer leads to.
 
-    The second search is for pages whose own header is damaged. It passes over what a sound page says is free, where
-    old copies of rows may lie; freed cells and pages hold none, for connections use `secure_delete`.
+    The second search is for pages whose own header is damaged, or from before the row was written. Old copies of rows
+    may lie in what a page says is free; freed cells and pages hold none, for connections use `secure_delete`.
     """
     found = list(_by_pointers(page, read)) if page[:1] == bytes((LEAF,)) else []
     yield from found
@@ -66,9 +68,9 @@ def _by_text(page: bytes, read: Pages, known: list[tuple[int, int]]) -> Iterator
         text = match.start()
         if any(start <= text < end for start, end in known):
             continue
-        for start in range(max(free_until, text - CELL_HEAD_BYTES), text):
+        for start in range(max(8, text - CELL_HEAD_BYTES), text):
             if (row := row_at(page, start, read, body_at=text)) is not None:
-                yield row
+                yield row._replace(is_free=start < free_until)
                 break
 
 

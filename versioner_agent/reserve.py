@@ -7,20 +7,21 @@ write again, and some for the indexes.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES, make_reserve
+from versioner_agent.creation import make_reserve
+from versioner_agent.files import RESERVE_BYTES, ROOM_BYTES, size_of
 from versioner_agent.storage import Store
 
 
 def keep(store: Store) -> None:
     """Make the reserve where it or its journal is missing and there is room, in the file or beside it."""
-    has_journal = _journal_bytes(store) >= RESERVE_BYTES
-    if has_journal and _is_there(store):
-        return
+    has_journal = size_of(store.path + "-journal") >= RESERVE_BYTES
+    with store.read() as connection:
+        if has_journal and store.has_reserve(connection):
+            return
     if store.free_space() >= ROOM_BYTES or (has_journal and store.free_pages() >= 2 * RESERVE_BYTES):
         with store.turn(), store.read() as connection:
             make_reserve(connection, journal_too=not has_journal)
@@ -33,7 +34,9 @@ def has_room_inside(store: Store, room: int) -> bool:
 
 def is_short(store: Store) -> bool:
     """Tell whether the reserve has been given up and there is no room for another one."""
-    return not _is_there(store) and store.free_space() < ROOM_BYTES
+    with store.read() as connection:
+        is_there = store.has_reserve(connection)
+    return not is_there and store.free_space() < ROOM_BYTES
 
 
 def give_up(store: Store) -> None:
@@ -50,15 +53,3 @@ def wiping_less(connection: sqlite3.Connection) -> Iterator[None]:
         yield
     finally:
         connection.execute("PRAGMA secure_delete = ON").fetchall()
-
-
-def _is_there(store: Store) -> bool:
-    with store.read() as connection:
-        return connection.execute("SELECT 1 FROM reserve").fetchone() is not None
-
-
-def _journal_bytes(store: Store) -> int:
-    try:
-        return os.stat(store.path + "-journal").st_size
-    except FileNotFoundError:
-        return 0

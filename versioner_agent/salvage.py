@@ -10,12 +10,12 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from versioner_agent import events, schema
-from versioner_agent.files import open_plain
-from versioner_agent.pages import EVENT_ID, PAGE_BYTES, Row, rows
+from versioner_agent.files import PAGE_BYTES, open_plain
+from versioner_agent.pages import EVENT_ID, Row, rows
 from versioner_agent.records import Record, is_intact
 
 MAX_TIME = 253_402_300_800.0  # the year 10000
@@ -44,9 +44,10 @@ def rows_of(path: str) -> Iterator[Row]:
 class Salvage:
     """Takes rows of any table and keeps the records that prove themselves, and the few other rows that matter."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        """Fill the tables behind *connection*, which are as new."""
+    def __init__(self, connection: sqlite3.Connection, live: Container[int] = frozenset()) -> None:
+        """Fill the tables behind *connection*, which are as new; *live* are the ids that an index still names."""
         self._connection = connection
+        self._live = live
         info = connection.execute("SELECT name, type, \"notnull\" FROM pragma_table_info('record')").fetchall()
         self._columns = {name: (_TYPES[kind], bool(needed)) for name, kind, needed in info}
         names = ", ".join(self._columns)
@@ -59,6 +60,8 @@ class Salvage:
     def take(self, row: Row) -> None:
         """Keep *row* where it is worth it; tables are told apart by their number of columns."""
         width = len(row.values)
+        if row.is_free and (width != len(self._columns) or row.rowid not in self._live):
+            return  # an old copy, of what may have been pruned
         if not row.is_whole:
             if width > 1 and isinstance(row.values[1], str) and EVENT_ID.fullmatch(row.values[1].encode()):
                 self._unreadable.add(row.rowid)

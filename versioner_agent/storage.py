@@ -20,7 +20,16 @@ from typing import Any
 
 from versioner_agent import schema
 from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
-from versioner_agent.files import inode_of, open_beside, open_plain, size_of
+from versioner_agent.files import (
+    PAGE_BYTES,
+    RESERVE_BYTES,
+    ROOM_BYTES,
+    group_name,
+    inode_of,
+    open_beside,
+    open_plain,
+    size_of,
+)
 from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue
 
 DEFAULT_BUSY_TIMEOUT_S = 10.0
@@ -67,6 +76,7 @@ class Store:
     def write(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
         """Run the block as one synced transaction, after waiting our turn; all of it happens, or nothing.
 
+        With *create*, an outbox that is missing is made, and space for recording deliveries set aside.
         Raises OutboxBusy after `busy_timeout` seconds, OutboxFull, OutboxMissing (unless *create*), OutboxError.
         """
         with self.translated():
@@ -80,6 +90,8 @@ class Store:
                 self._queue.remember(b"outbox\n")
                 connection.execute("BEGIN IMMEDIATE")
                 try:
+                    if create:
+                        self._make_reserve(connection)
                     yield connection
                     connection.execute("COMMIT")
                 except BaseException:
@@ -138,8 +150,9 @@ class Store:
             self._connection = None
 
     def free_space(self) -> int:
-        """Return the bytes that an ordinary user may still write beside the outbox."""
-        found = os.statvfs(os.path.dirname(self.path))
+        """Return the bytes that an ordinary user may still write beside the outbox; raises OutboxError."""
+        with self.translated():
+            found = os.statvfs(os.path.dirname(self.path))
         return found.f_bavail * found.f_frsize
 
     def _last_change(self) -> int | None:
@@ -205,7 +218,8 @@ class Store:
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             connection.execute("BEGIN")
             application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
-            is_unmade = pages == 0 and not size_of(self.path)
+            size = size_of(self.path)
+            is_unmade = pages == size == 0
             connection.execute("COMMIT")
             if is_unmade or (application_id, self.version, pages, vacuum) == _HALF_MADE:
                 # Just being made, or by somebody who was killed before the first commit.
@@ -216,6 +230,8 @@ class Store:
                 if self.is_remembered():
                     raise self.damaged("it does not say that it is an outbox", self._inode)
                 raise self.foreign()
+            elif size > pages * PAGE_BYTES:  # SQLite would write over what lies behind
+                raise self.damaged("it is longer than its header says", self._inode)
             if not is_new and not self.oldest_version <= self.version <= schema.VERSION + 1:
                 raise self.unknown_version(self.version)
             connection.execute("PRAGMA synchronous = FULL")
@@ -262,17 +278,29 @@ class Store:
         return sqlite3.connect(f"file:{quoted}?mode=rw", uri=True, timeout=self.busy_timeout, isolation_level=None)
 
     def _create(self, connection: sqlite3.Connection) -> None:
-        """Make the tables in one transaction, then the reserve where there is room.
-
-        Runs while holding the write queue, so that twenty first enqueues make one outbox.
-        """
+        """Make the tables, while holding the write queue, so that twenty first enqueues make one outbox."""
         from versioner_agent import creation  # noqa: PLC0415  # once in an outbox's life
 
         creation.make_tables(connection)
         self.version = schema.VERSION
         creation.sync_directory(os.path.dirname(self.path))
-        if self.free_space() >= creation.ROOM_BYTES:
-            creation.make_reserve(connection, journal_too=True)
+
+    def has_reserve(self, connection: sqlite3.Connection) -> bool:
+        """Tell whether space for recording deliveries is set aside in the file; how, `reserve` tells."""
+        return connection.execute("SELECT 1 FROM reserve").fetchone() is not None
+
+    def _make_reserve(self, connection: sqlite3.Connection) -> None:
+        """Make it, instead of the transaction that has just begun, where it is missing and there is room."""
+        has_journal = size_of(self.path + "-journal") >= RESERVE_BYTES
+        if (has_journal and self.has_reserve(connection)) or self.free_space() < ROOM_BYTES:
+            return
+        if connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+            return  # somebody's tool holds it so, and there is no journal to grow
+        from versioner_agent import creation  # noqa: PLC0415  # hardly ever
+
+        connection.execute("ROLLBACK")
+        creation.make_reserve(connection, journal_too=not has_journal)
+        connection.execute("BEGIN IMMEDIATE")
 
     def _missing(self) -> OutboxError:
         if self.is_remembered():
@@ -368,17 +396,8 @@ class Store:
             return f"check that {directory} exists and that you may use it"
         is_denied = isinstance(exc, PermissionError) or not os.access(directory, os.W_OK | os.X_OK)
         if is_denied and found.st_mode & 0o020:
-            return f"ask for membership in the group {_group_name(found.st_gid)}, which shares {directory}"
+            return f"ask for membership in the group {group_name(found.st_gid)}, which shares {directory}"
         return f"check the permissions of {directory}" if is_denied else None
-
-
-def _group_name(gid: int) -> str:
-    try:
-        import grp  # noqa: PLC0415  # POSIX only, and only for a message
-
-        return grp.getgrgid(gid).gr_name
-    except (ImportError, KeyError):
-        return str(gid)
 
 
 def placeholders(values: list[Any]) -> str:

@@ -50,6 +50,21 @@ def host(host_for, serve):
     return made
 
 
+def test_an_enqueue_does_not_write_over_what_lies_behind_the_end_that_the_header_names(host):
+    """SQLite goes by the number of pages in the header (https://sqlite.org/fileformat2.html), and starts there."""
+    for number in range(4, 8):
+        host.queue("payments", first=number, scm_branch="b" * 20_000)
+    host.close()
+    with open(host.path, "rb") as file:
+        count = int.from_bytes(file.read(32)[28:])
+    corrupt(host.path, at=28, content=(count - 3).to_bytes(4))
+    done = host.run("enqueue", "build", "--product", "payments", "--version", "8", "--scm-branch", "b" * 20_000)
+
+    assert done.returncode == 0
+    assert b"the outbox was damaged: it is longer than its header says" in done.stderr
+    assert [json.loads(kept.payload)["version"] for kept in records_of(host.path).values()] == list("12345678")
+
+
 # --- the agent, `flush`, `status`, `doctor`
 
 
@@ -92,6 +107,16 @@ def test_status_tells_of_damage_until_somebody_has_acknowledged_it(host):
     assert after["damage"] is None
     assert host.run("doctor").returncode == 0
     assert os.path.exists(told["damage"]["kept"])
+
+
+def test_doctor_says_that_a_newer_outbox_is_not_delivered_by_this_program(host):
+    host.close()
+    with contextlib.closing(sqlite3.connect(host.path)) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    done = host.run("doctor")
+
+    assert done.returncode == 1
+    assert b"has schema 2, this versioner-agent knows 1; it is left as it is: events are queued and not" in done.stdout
 
 
 def test_doctor_finds_damage_and_leaves_it_as_it_is(host):

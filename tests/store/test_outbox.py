@@ -14,6 +14,7 @@ from freezegun import freeze_time
 from versioner_agent import Outbox, events, review
 from versioner_agent import outbox as outbox_module
 from versioner_agent.errors import OtherDestination, OutboxBusy, OutboxError, OutboxFull, ValidationError
+from versioner_agent.files import FLOOR_BYTES
 from versioner_agent.ledger import Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.records import is_intact
@@ -276,7 +277,7 @@ def test_published_events_are_queued_even_if_handing_over_has_to_wait(outbox, sm
 
 def test_little_space_is_left_to_deliveries(outbox, monkeypatch):
     outbox.enqueue("build", BUILD)
-    monkeypatch.setattr(outbox.store, "free_space", lambda: outbox_module.FREE_SPACE_FLOOR - 1)
+    monkeypatch.setattr(outbox.store, "free_space", lambda: FLOOR_BYTES - 1)
     with pytest.raises(OutboxFull, match="no space left"):
         outbox.enqueue("build", BUILD)
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from versioner_agent import Outbox, reserve, review
-from versioner_agent.creation import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.errors import OutboxFull
+from versioner_agent.files import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.ledger import BRIEF_CHARS, Health, Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome
@@ -65,24 +65,62 @@ def test_the_first_enqueue_makes_it_and_a_journal_of_its_size(outbox):
     assert journal_bytes(outbox.store) >= RESERVE_BYTES
 
 
-def test_it_is_not_made_where_there_is_hardly_room_for_events(outbox, monkeypatch):
+EVENT = {"product_name": "p", "version": "1", "status": "ok"}
+
+
+def queue(store):
+    with Outbox(store.path) as outbox:
+        outbox.enqueue("build", {**EVENT, "version": "2"})
+
+
+MAKERS = pytest.mark.parametrize("make", [reserve.keep, queue], ids=["agent", "enqueue"])
+
+
+@MAKERS
+def test_nothing_is_accepted_where_there_is_no_room_for_it(outbox, monkeypatch, make):
+    """Or deliveries could not be recorded if others filled the disk."""
     monkeypatch.setattr(Store, "free_space", lambda _: ROOM_BYTES - 1)
-    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "ok"})
+    with pytest.raises(OutboxFull, match="below 1024 KiB nothing new is queued"):
+        outbox.enqueue("build", EVENT)
     reserve.keep(outbox.store)
     assert reserved(outbox.store) == []
 
     monkeypatch.setattr(Store, "free_space", lambda _: ROOM_BYTES)
-    reserve.keep(outbox.store)
+    make(outbox.store)
+    assert reserved(outbox.store) == [(RESERVE_BYTES,)]
+    assert journal_bytes(outbox.store) >= RESERVE_BYTES
+
+
+@MAKERS
+def test_one_that_was_given_up_is_made_again(outbox, make):
+    outbox.enqueue("build", EVENT)
+    reserve.give_up(outbox.store)
+
+    make(outbox.store)
+
     assert reserved(outbox.store) == [(RESERVE_BYTES,)]
 
 
-def test_a_journal_that_somebody_removed_is_grown_again(outbox):
-    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "ok"})
+@MAKERS
+def test_a_journal_that_somebody_removed_is_grown_again(outbox, make):
+    outbox.enqueue("build", EVENT)
     outbox.close()
     os.remove(outbox.store.path + "-journal")
 
-    reserve.keep(outbox.store)
+    make(outbox.store)
 
+    assert journal_bytes(outbox.store) >= RESERVE_BYTES
+
+
+def test_a_mended_outbox_has_it_before_anything_is_accepted(outbox):
+    outbox.enqueue("build", EVENT)
+    outbox.close()
+    with open(outbox.store.path, "r+b") as file:
+        file.write(b"garbage")
+
+    queue(outbox.store)
+
+    assert reserved(outbox.store) == [(RESERVE_BYTES,)]
     assert journal_bytes(outbox.store) >= RESERVE_BYTES
 
 

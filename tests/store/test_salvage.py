@@ -8,11 +8,13 @@ import sqlite3
 
 import pytest
 
-from versioner_agent import Outbox, review, settling
+from versioner_agent import Outbox, mending, review, settling
 from versioner_agent.batches import INSERT_BATCH
+from versioner_agent.files import PAGE_BYTES, inode_of
 from versioner_agent.ledger import Health, Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome
+from versioner_agent.pages import rows
 from versioner_agent.policy import Counters, Decision
 from versioner_agent.records import is_intact
 from versioner_agent.storage import Store
@@ -120,6 +122,62 @@ def test_pruned_records_do_not_come_back_and_their_ids_are_not_given_again(path)
     assert [state_of(path, record_id) for record_id in (3, 4, 5)] == ["pending", None, None]
     with Outbox(path) as outbox:
         assert outbox.enqueue("build", {**RUN, "version": "6"}).id == 6
+
+
+def leaf_with(path, record_id):
+    """Where the page of a record begins in the file, and the row in it."""
+    with open(path, "rb") as file:
+        data = file.read()
+    for start in range(PAGE_BYTES, len(data), PAGE_BYTES):
+        for row in rows(data[start : start + PAGE_BYTES], lambda _: b""):
+            if row.rowid == record_id and len(row.values) > 30 and not row.is_free:
+                return start, row
+    raise AssertionError("no such record")
+
+
+def mend_as_it_is(path):
+    with contextlib.closing(Store(path)) as store:
+        return mending.mend(store, store.damaged("torn", inode_of(path)))
+
+
+@pytest.mark.parametrize("size", [8, 512])
+def test_a_record_is_saved_whose_page_begins_as_it_was_before_the_record(path, size):
+    """A write that was torn: the head of the page says that nothing lies where the record is."""
+    with open(path, "rb") as file:
+        before = file.read()
+    with Outbox(path) as outbox:
+        outbox.enqueue("build", {**RUN, "version": "6"})
+    start, _ = leaf_with(path, 6)
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(before[start : start + size])
+    damage = mend_as_it_is(path)
+
+    assert damage.salvaged == {"pending": 6}
+    assert state_of(path, 6) == "pending"
+
+
+@pytest.mark.parametrize("mend_it", [mend, mend_as_it_is], ids=["garbage-header", "readable"])
+def test_an_old_copy_of_a_pruned_record_stays_where_it_is(path, mend_it):
+    """SQLite leaves such copies in what a page says is free, where it moved rows to another page."""
+    start, row = leaf_with(path, 4)
+    with open(path, "rb") as file:
+        file.seek(start + row.start)
+        copy = file.read(row.end - row.start)
+    settle(path, 4)
+    with contextlib.closing(Store(path)) as store:
+        assert Ledger(store).prune(9e9) == 1
+    with open(path, "r+b") as file:
+        file.seek(start)
+        head = file.read(8)
+        at = 8 + 2 * int.from_bytes(head[3:5])
+        assert at + len(copy) < int.from_bytes(head[5:7])
+        file.seek(start + at)
+        file.write(copy)
+    damage = mend_it(path)
+
+    assert damage.salvaged == {"pending": 4}
+    assert state_of(path, 4) is None
 
 
 def test_no_bytes_of_what_was_pruned_are_left_in_the_file(path):

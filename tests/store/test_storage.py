@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -308,3 +309,14 @@ def test_directory_that_a_group_shares_is_named_in_the_hint(tmp_path):
     store = Store(place / "outbox.db")
 
     assert "ask for membership in the group" in store._access_hint(PermissionError(13, "no"))
+
+
+def test_an_error_of_the_disk_is_said_where_its_free_space_is_asked_for(outbox, monkeypatch):
+    """In our words: what delivers goes on after those."""
+
+    def broken(_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "statvfs", broken)
+    with pytest.raises(OutboxError, match=r"can't use the outbox .*: Input/output error"):
+        outbox.store.free_space()
