@@ -37,6 +37,14 @@ def size_of(path: str) -> int:
         return 0
 
 
+def changed_at(path: str) -> int | None:
+    """Return when the content last changed (nanoseconds since 1970); None where there is no file."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def open_plain(path: str, *, follow: bool = True) -> int:
     """Open a file for reading past SQLite; raises OSError, also for what is no file: a pipe could keep us for ever."""
     fd = os.open(path, os.O_RDONLY | _SAFELY | (0 if follow else _UNLINKED))

@@ -24,6 +24,7 @@ from versioner_agent.files import (
     PAGE_BYTES,
     RESERVE_BYTES,
     ROOM_BYTES,
+    changed_at,
     group_name,
     inode_of,
     open_beside,
@@ -42,9 +43,6 @@ IDENTIFY = """
 """
 #: What IDENTIFY finds between two steps of making an outbox: setting auto_vacuum writes the first page.
 _HALF_MADE = (0, 0, 1, 2)
-
-
-FREE_PAGES = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
 #: The system's words for these would send people to the wrong place.
 _WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
 #: What our statements never meet on tables as they were made.
@@ -103,7 +101,7 @@ class Store:
         """Hold the write queue for the block: nobody else writes meanwhile. Raises OutboxBusy, OSError."""
         self._refuse_planted_link()
         most = self.busy_timeout * self.patience
-        if not self._queue.acquire(self.busy_timeout, most=most, progress=self._last_change):
+        if not self._queue.acquire(self.busy_timeout, most=most, progress=partial(changed_at, self.path)):
             raise OutboxBusy(
                 f"other writers kept the outbox {self.path} busy for {self.busy_timeout:g} s",
                 "try again, or raise --busy-timeout",
@@ -155,16 +153,10 @@ class Store:
             found = os.statvfs(os.path.dirname(self.path))
         return found.f_bavail * found.f_frsize
 
-    def _last_change(self) -> int | None:
-        try:
-            return os.stat(self.path).st_mtime_ns
-        except FileNotFoundError:
-            return None
-
     def free_pages(self) -> int:
         """Return the bytes inside the file that nothing uses."""
         with self.read() as connection:
-            return int(connection.execute(FREE_PAGES).fetchone()[0])
+            return PAGE_BYTES * int(connection.execute("PRAGMA freelist_count").fetchone()[0])
 
     def is_remembered(self) -> bool:
         """Tell whether an outbox was made here: then a missing or empty file is damage, not a fresh start."""
@@ -210,30 +202,11 @@ class Store:
         has_journal = self._has_journal()
         connection = self._raw_connection()
         try:
-            # Before any setting is made: a file that is not ours must not be changed.
-            # In one transaction, for somebody may be making the tables just now.
-            is_new = False
             if has_journal:
                 # Else SQLite, whose own mode is to delete it, would give its space away as it rolls back.
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            connection.execute("BEGIN")
-            application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
-            size = size_of(self.path)
-            is_unmade = pages == size == 0
-            connection.execute("COMMIT")
-            if is_unmade or (application_id, self.version, pages, vacuum) == _HALF_MADE:
-                # Just being made, or by somebody who was killed before the first commit.
-                if not create or self.is_remembered():
-                    raise self._missing()
-                is_new = True
-            elif application_id != schema.APPLICATION_ID:
-                if self.is_remembered():
-                    raise self.damaged("it does not say that it is an outbox", self._inode)
-                raise self.foreign()
-            elif size > pages * PAGE_BYTES:  # SQLite would write over what lies behind
-                raise self.damaged("it is longer than its header says", self._inode)
-            if not is_new and not self.oldest_version <= self.version <= schema.VERSION + 1:
-                raise self.unknown_version(self.version)
+            # Before any setting is made: a file that is not ours must not be changed.
+            is_new = self._identify(connection, create=create)
             connection.execute("PRAGMA synchronous = FULL")
             self._leave_wal(connection)
             if has_journal:
@@ -249,6 +222,26 @@ class Store:
             connection.close()
             raise
         return connection
+
+    def _identify(self, connection: sqlite3.Connection, *, create: bool) -> bool:
+        """Tell whether the tables are still to be made; raises OutboxError for what is no outbox, or a damaged one."""
+        connection.execute("BEGIN")  # in one transaction, for somebody may be making the tables just now
+        application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
+        size = size_of(self.path)
+        connection.execute("COMMIT")
+        if pages == size == 0 or (application_id, self.version, pages, vacuum) == _HALF_MADE:
+            # Just being made, or by somebody who was killed before the first commit.
+            if not create or self.is_remembered():
+                raise self._missing()
+            return True
+        if application_id != schema.APPLICATION_ID:
+            what = "it does not say that it is an outbox"
+            raise self.damaged(what, self._inode) if self.is_remembered() else self.foreign()
+        if size > pages * PAGE_BYTES:  # SQLite would write over what lies behind
+            raise self.damaged("it is longer than its header says", self._inode)
+        if not self.oldest_version <= self.version <= schema.VERSION + 1:
+            raise self.unknown_version(self.version)
+        return False
 
     def _has_journal(self) -> bool:
         """Tell whether the journal is of a transaction under way, or cut short; raises OSError for what is no file."""
