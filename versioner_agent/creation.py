@@ -7,7 +7,8 @@ import sqlite3
 
 from versioner_agent import schema
 from versioner_agent.errors import OutboxError
-from versioner_agent.files import PAGE_BYTES, RESERVE_BYTES
+from versioner_agent.files import RESERVE_BYTES
+from versioner_agent.pages import PAGE_BYTES
 
 
 def make_tables(connection: sqlite3.Connection) -> None:

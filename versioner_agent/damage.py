@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from versioner_agent import schema
 from versioner_agent.errors import OutboxDamaged
-from versioner_agent.files import PAGE_BYTES, inode_of, open_plain
+from versioner_agent.files import inode_of, open_plain
+from versioner_agent.pages import PAGE_BYTES
 from versioner_agent.records import time_json
 from versioner_agent.salvage import Salvage, rows_of
 from versioner_agent.storage import OutboxMissing, Store

@@ -7,7 +7,6 @@ import os
 import stat
 from contextlib import suppress
 
-PAGE_BYTES = 4096  # as every outbox is made
 #: What only recording deliveries may use, in the file and in its journal (bytes).
 RESERVE_BYTES = 384 * 1024
 #: Below this much free space nothing new is accepted (bytes).

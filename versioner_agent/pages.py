@@ -11,8 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from versioner_agent.files import PAGE_BYTES
-
+PAGE_BYTES = 4096  # as every outbox is made
 LEAF = 0x0D
 MAX_ROW_BYTES = 4 * 1024 * 1024  # several times what an event may have
 

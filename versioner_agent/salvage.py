@@ -14,8 +14,8 @@ from collections.abc import Container, Iterator
 from typing import Any
 
 from versioner_agent import events, schema
-from versioner_agent.files import PAGE_BYTES, open_plain
-from versioner_agent.pages import EVENT_ID, Row, rows
+from versioner_agent.files import open_plain
+from versioner_agent.pages import EVENT_ID, PAGE_BYTES, Row, rows
 from versioner_agent.records import Record, is_intact
 
 MAX_TIME = 253_402_300_800.0  # the year 10000

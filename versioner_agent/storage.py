@@ -21,7 +21,6 @@ from typing import Any
 from versioner_agent import schema
 from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.files import (
-    PAGE_BYTES,
     RESERVE_BYTES,
     ROOM_BYTES,
     changed_at,
@@ -38,11 +37,12 @@ PATIENCE = 3
 
 _TEXT = partial(str, encoding="utf-8", errors="replace")
 IDENTIFY = """
-    SELECT application_id, user_version, page_count, auto_vacuum
-    FROM pragma_application_id, pragma_user_version, pragma_page_count, pragma_auto_vacuum
+    SELECT page_count * page_size, application_id, user_version, page_count, auto_vacuum FROM pragma_application_id,
+        pragma_user_version, pragma_page_count, pragma_auto_vacuum, pragma_page_size
 """
-#: What IDENTIFY finds between two steps of making an outbox: setting auto_vacuum writes the first page.
-_HALF_MADE = (0, 0, 1, 2)
+#: What IDENTIFY finds behind the length between two steps of making an outbox: setting auto_vacuum writes a page.
+_HALF_MADE = [0, 0, 1, 2]
+FREE_PAGES = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
 #: The system's words for these would send people to the wrong place.
 _WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
 #: What our statements never meet on tables as they were made.
@@ -156,7 +156,7 @@ class Store:
     def free_pages(self) -> int:
         """Return the bytes inside the file that nothing uses."""
         with self.read() as connection:
-            return PAGE_BYTES * int(connection.execute("PRAGMA freelist_count").fetchone()[0])
+            return int(connection.execute(FREE_PAGES).fetchone()[0])
 
     def is_remembered(self) -> bool:
         """Tell whether an outbox was made here: then a missing or empty file is damage, not a fresh start."""
@@ -226,18 +226,19 @@ class Store:
     def _identify(self, connection: sqlite3.Connection, *, create: bool) -> bool:
         """Tell whether the tables are still to be made; raises OutboxError for what is no outbox, or a damaged one."""
         connection.execute("BEGIN")  # in one transaction, for somebody may be making the tables just now
-        application_id, self.version, pages, vacuum = connection.execute(IDENTIFY).fetchone()
+        length, *found = connection.execute(IDENTIFY).fetchone()
         size = size_of(self.path)
         connection.execute("COMMIT")
-        if pages == size == 0 or (application_id, self.version, pages, vacuum) == _HALF_MADE:
+        if length == size == 0 or found == _HALF_MADE:
             # Just being made, or by somebody who was killed before the first commit.
             if not create or self.is_remembered():
                 raise self._missing()
             return True
+        application_id, self.version, _, _ = found
         if application_id != schema.APPLICATION_ID:
             what = "it does not say that it is an outbox"
             raise self.damaged(what, self._inode) if self.is_remembered() else self.foreign()
-        if size > pages * PAGE_BYTES:  # SQLite would write over what lies behind
+        if size > length:  # SQLite would write over what lies behind
             raise self.damaged("it is longer than its header says", self._inode)
         if not self.oldest_version <= self.version <= schema.VERSION + 1:
             raise self.unknown_version(self.version)

@@ -192,7 +192,7 @@ def test_what_is_kept_of_a_damaged_outbox_is_as_private_as_it_was(tmp_path):
         Ledger(store).open(create=True)
 
     modes = {name: stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in os.listdir(tmp_path)}
-    assert len(modes) == 4
+    assert len(modes) == 5
     assert set(modes.values()) == {0o600}
 
 

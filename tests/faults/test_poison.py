@@ -197,3 +197,22 @@ def test_a_fresh_event_is_asked_with_before_those_that_failed_however_many_they_
         assert probes.index(product) <= 1
 
     assert b.failed == []
+
+
+def test_a_product_that_was_well_is_asked_with_before_those_that_are_new(bench):
+    """Forty new ones that will all fail, before it by name and by age."""
+    b = bench()
+    b.queue("well")
+    b.drain()
+    b.queue("sick-1")
+    b.queue("sick-2")
+    while not b.flusher._pace.is_open:
+        b.step(after=10.0)
+        b.answer_all(UNAVAILABLE)
+    for number in range(40):
+        b.queue(f"a-{number:02}")
+    b.queue("well", first=2)
+    tried = len(b.wire.sent)
+    b.step(after=121.0)
+
+    assert [product for product, _, _ in b.wire.sent[tried:]] == ["well"]

@@ -10,11 +10,11 @@ import pytest
 
 from versioner_agent import Outbox, mending, review, settling
 from versioner_agent.batches import INSERT_BATCH
-from versioner_agent.files import PAGE_BYTES, inode_of
+from versioner_agent.files import inode_of
 from versioner_agent.ledger import Health, Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome
-from versioner_agent.pages import rows
+from versioner_agent.pages import PAGE_BYTES, rows
 from versioner_agent.policy import Counters, Decision
 from versioner_agent.records import is_intact
 from versioner_agent.storage import Store

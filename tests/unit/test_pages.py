@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from versioner_agent.files import PAGE_BYTES
-from versioner_agent.pages import LEAF, row_at, rows
+from versioner_agent.pages import LEAF, PAGE_BYTES, row_at, rows
 
 VALUES = st.one_of(
     st.none(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.text(st.characters(exclude_categories=["Cs"])),
