@@ -8,10 +8,9 @@ import random
 from typing import NamedTuple
 
 from versioner_agent import events
-from versioner_agent.files import PAGE_BYTES
 from versioner_agent.ledger import Ledger
 from versioner_agent.outbox import Destination, Outbox
-from versioner_agent.pages import row_at, rows
+from versioner_agent.pages import PAGE_BYTES, row_at, rows
 from versioner_agent.records import Record, is_intact
 from versioner_agent.storage import Store
 
