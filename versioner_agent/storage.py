@@ -293,7 +293,8 @@ class Store:
         from versioner_agent import creation  # noqa: PLC0415  # hardly ever
 
         connection.execute("ROLLBACK")
-        creation.make_reserve(connection, journal_too=not has_journal)
+        with suppress(sqlite3.OperationalError):  # a quota, which free space does not tell of
+            creation.make_reserve(connection, journal_too=not has_journal)
         connection.execute("BEGIN IMMEDIATE")
 
     def _missing(self) -> OutboxError:

@@ -34,8 +34,7 @@ def full(outbox, monkeypatch):
     for number in range(40):
         outbox.enqueue("build", {"product_name": f"p{number}", "version": "1", "status": "ok", "invoke_id": "7"})
     monkeypatch.setattr(Store, "free_space", lambda _: 0)
-    ((pages,),) = run(outbox.store, "PRAGMA page_count")
-    run(outbox.store, f"PRAGMA max_page_count = {pages}")
+    run(outbox.store, f"PRAGMA max_page_count = {page_count(outbox.store)}")
     return Ledger(outbox.store)
 
 
@@ -52,6 +51,18 @@ def settle(ledger, record_id, outcome):
 
 def reserved(store):
     return run(store, "SELECT length(filler) FROM reserve")
+
+
+def eat_free_pages(store):
+    with contextlib.suppress(OutboxFull):
+        for number in itertools.count():
+            with store.write() as connection:
+                connection.execute("INSERT INTO meta (key, value) VALUES (?, zeroblob(3000))", (f"eaten{number}",))
+    assert store.free_pages() == 0
+
+
+def page_count(store):
+    return run(store, "PRAGMA page_count")[0][0]
 
 
 def journal_bytes(store):
@@ -151,6 +162,22 @@ def test_every_decision_is_recorded_on_a_full_disk(full, outcome):
     assert run(full.store, "PRAGMA integrity_check") == [("ok",)]
 
 
+def test_a_quota_keeps_nobody_from_starting_to_deliver(full, monkeypatch):
+    """The disk says that there is room, and has none for us."""
+    reserve.give_up(full.store)
+    eat_free_pages(full.store)
+    monkeypatch.setattr(Store, "free_space", lambda _: 10**12)
+
+    with full.store.write(create=True) as connection:
+        connection.execute("UPDATE destination SET reason = 'x'")
+    outbox = Outbox(full.store.path)
+    outbox.store = full.store
+
+    assert reserved(full.store) == []
+    with pytest.raises(OutboxFull, match="nothing new is queued"):
+        outbox.enqueue("build", EVENT)
+
+
 def test_queuing_is_refused_all_the_while(full):
     with Outbox(full.store.path) as outbox, pytest.raises(OutboxFull, match="nothing new is queued"):
         outbox.enqueue("build", {"product_name": "x", "version": "1", "status": "ok"})
@@ -188,11 +215,7 @@ def test_what_is_refused_on_a_full_disk_keeps_its_payload_and_the_first_words(fu
 def test_a_bare_decision_needs_no_free_page(full, outcome):
     """However many are refused: a row that is settled is not larger than one that waits."""
     reserve.give_up(full.store)
-    with contextlib.suppress(OutboxFull):
-        for number in itertools.count():
-            with full.store.write() as connection:
-                connection.execute("INSERT INTO meta (key, value) VALUES (?, zeroblob(3000))", (f"eaten{number}",))
-    assert full.store.free_pages() == 0
+    eat_free_pages(full.store)
 
     assert [settle(full, record_id, outcome) for record_id in range(1, 41)] == [[]] * 40
 
