@@ -246,6 +246,22 @@ def test_probes_go_to_keys_not_tried_since_it_opened_before_any_is_tried_again(b
     assert len(set(sent[10:])) == 4
 
 
+def test_that_holds_for_keys_that_failed_before_it_opened_too(bench):
+    """Whatever made it open, the one that is well again is found among those not tried since."""
+    b = bench(concurrency=4)
+    keys = [f"p{number}" for number in range(10)]
+    for key in keys:
+        b.flusher._pace._forgiven[key] = 1
+    open_breaker(b, keys)
+    opened_with = {name for name, *_ in b.wire.sent}
+    for _ in range(10 - len(opened_with)):
+        b.step(after=200.0)
+        b.answer_all(SILENCE)
+
+    sent = [name for name, *_ in b.wire.sent]
+    assert sorted(sent) == keys
+
+
 def test_an_event_that_always_fails_does_not_keep_the_breaker_open(bench):
     """The probe rotates, so that another key's delivery shows that the API is there again."""
     b = bench(concurrency=4)
