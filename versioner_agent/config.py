@@ -309,7 +309,8 @@ def _user_directory(purpose: str, env: Mapping[str, str]) -> str:
     variable, default = _XDG[purpose]
     if _IS_LINUX:
         base = env.get(variable, "").strip()
-        return os.path.join(base if os.path.isabs(base) else os.path.expanduser(default), APP_NAME)
+        home = default if env.get("HOME") == "" else os.path.expanduser(default)
+        return os.path.join(base if os.path.isabs(base) else home, APP_NAME)
     import platformdirs
 
     found = platformdirs.user_config_dir if purpose == "config" else platformdirs.user_state_dir

@@ -31,6 +31,17 @@ def make_reserve(connection: sqlite3.Connection, *, journal_too: bool) -> None:
         connection.execute("UPDATE reserve SET filler = randomblob(?)", (RESERVE_BYTES,))
 
 
+def make_reserve_first(connection: sqlite3.Connection, *, journal_too: bool) -> None:
+    """Do so in place of the transaction that has just begun, and begin it again; without it, where a quota forbids."""
+    connection.execute("ROLLBACK")
+    try:
+        make_reserve(connection, journal_too=journal_too)
+    except sqlite3.OperationalError as exc:
+        if exc.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+    connection.execute("BEGIN IMMEDIATE")
+
+
 def make_private_directory(path: str) -> None:
     """Make the directory of an outbox that nobody named, with all above it; raises OutboxError.
 

@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 
 from versioner_agent import schema
 from versioner_agent.errors import OutboxDamaged
-from versioner_agent.files import inode_of, open_plain
+from versioner_agent.files import CHECKED_BYTES, inode_of, open_plain
 from versioner_agent.pages import PAGE_BYTES
 from versioner_agent.records import time_json
 from versioner_agent.salvage import Salvage, rows_of
 from versioner_agent.storage import OutboxMissing, Store
-
-#: Larger files are not read as a whole when an agent starts, and not mended by an enqueue (bytes).
-CHECKED_BYTES = 50 * 1024 * 1024
 
 #: First bytes of every file of ours (https://sqlite.org/fileformat2.html#the_database_header): offset, bytes, meaning.
 _HEADER = (

@@ -13,6 +13,8 @@ RESERVE_BYTES = 384 * 1024
 FLOOR_BYTES = 256 * 1024
 #: Free space that is needed to set the reserve aside (bytes).
 ROOM_BYTES = 2 * RESERVE_BYTES + FLOOR_BYTES
+#: Larger files are not read as a whole when an agent starts, and not mended by an enqueue (bytes).
+CHECKED_BYTES = 50 * 1024 * 1024
 
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
@@ -86,8 +88,22 @@ def _file_mode(mode: int) -> int:
     return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
 
 
-def group_name(gid: int) -> str:
-    """Return the name of a group, its number where it has none."""
+def access_hint(path: str, exc: Exception | None) -> str | None:
+    """Say what to do: above all, name the group to join where that is what is missing."""
+    if os.path.isdir(path):
+        return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
+    directory = os.path.dirname(path)
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return f"check that {directory} exists and that you may use it"
+    is_denied = isinstance(exc, PermissionError) or not os.access(directory, os.W_OK | os.X_OK)
+    if is_denied and found.st_mode & 0o020:
+        return f"ask for membership in the group {_group_name(found.st_gid)}, which shares {directory}"
+    return f"check the permissions of {directory}" if is_denied else None
+
+
+def _group_name(gid: int) -> str:
     try:
         import grp  # noqa: PLC0415  # POSIX only, and only for a message
 

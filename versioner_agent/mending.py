@@ -17,10 +17,10 @@ import time
 from versioner_agent.creation import make_tables, sync_directory
 from versioner_agent.damage import Damage, examine, find, is_large, noted, recount, refuse_foreign
 from versioner_agent.errors import OutboxDamaged, OutboxError
-from versioner_agent.files import create_beside, inode_of
+from versioner_agent.files import create_beside, inode_of, size_of
 from versioner_agent.locks import QUEUE_SUFFIX
 from versioner_agent.salvage import Salvage, rows_of
-from versioner_agent.storage import Store
+from versioner_agent.storage import LENGTH, Store, is_wal
 
 IDS_KEPT = 20
 MENDING_SUFFIX = ".mending"
@@ -56,9 +56,25 @@ def mend(store: Store, damage: OutboxDamaged) -> Damage | None:
                 if damage.inode is not None:
                     refuse_foreign(store)
                 return _replace(store, found.what)
+            if _cut(store):
+                return None
         if not recount(store):
             raise damage
         return None
+
+
+def _cut(store: Store) -> bool:
+    """Shorten a sound file to what its header says, as SQLite does after a commit; False where it is no longer."""
+    with store.read() as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        try:
+            length = connection.execute(LENGTH).fetchone()[0]
+            is_longer = size_of(store.path) > length and not is_wal(connection)
+            if is_longer:
+                os.truncate(store.path, length)  # by its name: to close a descriptor would drop SQLite's locks
+        finally:
+            connection.execute("COMMIT")
+    return is_longer
 
 
 def _replace(store: Store, what: str) -> Damage:

@@ -131,9 +131,9 @@ class Outbox:
         try:
             return self._queue(chunks, context, destination)
         except OutboxDamaged as found:
-            warning = self._mend(found)
+            warnings = self._mend(found)
         first, *others = self._queue(chunks, context, destination)
-        return [first._replace(warnings=(*first.warnings, warning)), *others]
+        return [first._replace(warnings=(*first.warnings, *warnings)), *others]
 
     def close(self) -> None:
         """Give the file back; using the outbox again opens it again."""
@@ -156,7 +156,7 @@ class Outbox:
             self._check(connection, destination)
             return self._insert(connection, chunks[0], context)
 
-    def _mend(self, found: OutboxDamaged) -> str:
+    def _mend(self, found: OutboxDamaged) -> tuple[str, ...]:
         """Go on with what can be saved of a damaged file, unless that would take long; returns what to tell."""
         from versioner_agent import damage, mending  # noqa: PLC0415  # loaded only for damage
 
@@ -166,7 +166,9 @@ class Outbox:
                 "its size makes saving what is in it take long: run `versioner-agent flush`, or the agent",
             )
         mended = mending.mend(self.store, found)
-        return f"the outbox was damaged: {mended or found.what}"
+        if mended is None and not found.is_certain:
+            return ()  # it was only suspected, and nothing of it was lost
+        return (f"the outbox was damaged: {mended or found.what}",)
 
     def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
         from versioner_agent import __version__  # noqa: PLC0415  # the package's name must be complete first

@@ -21,10 +21,11 @@ from typing import Any
 from versioner_agent import schema
 from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.files import (
+    CHECKED_BYTES,
     RESERVE_BYTES,
     ROOM_BYTES,
+    access_hint,
     changed_at,
-    group_name,
     inode_of,
     open_beside,
     open_plain,
@@ -37,11 +38,12 @@ PATIENCE = 3
 
 _TEXT = partial(str, encoding="utf-8", errors="replace")
 IDENTIFY = """
-    SELECT page_count * page_size, application_id, user_version, page_count, auto_vacuum FROM pragma_application_id,
-        pragma_user_version, pragma_page_count, pragma_auto_vacuum, pragma_page_size
+    SELECT application_id, user_version, page_count, auto_vacuum
+    FROM pragma_application_id, pragma_user_version, pragma_page_count, pragma_auto_vacuum
 """
-#: What IDENTIFY finds behind the length between two steps of making an outbox: setting auto_vacuum writes a page.
-_HALF_MADE = [0, 0, 1, 2]
+#: What IDENTIFY finds between two steps of making an outbox: setting auto_vacuum writes the first page.
+_HALF_MADE = (0, 0, 1, 2)
+LENGTH = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 FREE_PAGES = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
 #: The system's words for these would send people to the wrong place.
 _WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
@@ -89,6 +91,7 @@ class Store:
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     if create:
+                        self._check_length(connection)
                         self._make_reserve(connection)
                     yield connection
                     connection.execute("COMMIT")
@@ -184,7 +187,9 @@ class Store:
         except FileNotFoundError:
             return None
         if not stat.S_ISREG(found.st_mode):
-            raise OutboxError(f"can't use the outbox {self.path}: it is not a regular file", self._access_hint(None))
+            raise OutboxError(
+                f"can't use the outbox {self.path}: it is not a regular file", access_hint(self.path, None)
+            )
         return found.st_dev, found.st_ino
 
     def _refuse_planted_link(self) -> None:
@@ -226,20 +231,18 @@ class Store:
     def _identify(self, connection: sqlite3.Connection, *, create: bool) -> bool:
         """Tell whether the tables are still to be made; raises OutboxError for what is no outbox, or a damaged one."""
         connection.execute("BEGIN")  # in one transaction, for somebody may be making the tables just now
-        length, *found = connection.execute(IDENTIFY).fetchone()
+        found = connection.execute(IDENTIFY).fetchone()
         size = size_of(self.path)
         connection.execute("COMMIT")
-        if length == size == 0 or found == _HALF_MADE:
+        application_id, self.version, pages, _ = found
+        if pages == size == 0 or found == _HALF_MADE:
             # Just being made, or by somebody who was killed before the first commit.
             if not create or self.is_remembered():
                 raise self._missing()
             return True
-        application_id, self.version, _, _ = found
         if application_id != schema.APPLICATION_ID:
             what = "it does not say that it is an outbox"
             raise self.damaged(what, self._inode) if self.is_remembered() else self.foreign()
-        if size > length:  # SQLite would write over what lies behind
-            raise self.damaged("it is longer than its header says", self._inode)
         if not self.oldest_version <= self.version <= schema.VERSION + 1:
             raise self.unknown_version(self.version)
         return False
@@ -285,17 +288,23 @@ class Store:
 
     def _make_reserve(self, connection: sqlite3.Connection) -> None:
         """Make it, instead of the transaction that has just begun, where it is missing and there is room."""
-        has_journal = size_of(self.path + "-journal") >= RESERVE_BYTES
+        # Where somebody's tool has switched to write-ahead logging there is no journal to grow.
+        has_journal = size_of(self.path + "-journal") >= RESERVE_BYTES or is_wal(connection)
         if (has_journal and self.has_reserve(connection)) or self.free_space() < ROOM_BYTES:
             return
-        if connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
-            return  # somebody's tool holds it so, and there is no journal to grow
         from versioner_agent import creation  # noqa: PLC0415  # hardly ever
 
-        connection.execute("ROLLBACK")
-        with suppress(sqlite3.OperationalError):  # a quota, which free space does not tell of
-            creation.make_reserve(connection, journal_too=not has_journal)
-        connection.execute("BEGIN IMMEDIATE")
+        creation.make_reserve_first(connection, journal_too=not has_journal)
+
+    def _check_length(self, connection: sqlite3.Connection) -> None:
+        """Suspect a file that is longer than its header says: SQLite would write over what lies behind.
+
+        It may be no more than a cut that was not made, for SQLite commits before it shortens a file. A large one can't
+        be looked through while a build waits.
+        """
+        length = connection.execute(LENGTH).fetchone()[0]
+        if length < size_of(self.path) <= CHECKED_BYTES and not is_wal(connection):
+            raise self.suspected("it is longer than its header says")
 
     def _missing(self) -> OutboxError:
         if self.is_remembered():
@@ -354,7 +363,7 @@ class Store:
                 raise self._full() from exc
             words = _WORDS.get(exc.errno or 0, exc.strerror or str(exc))
             raise OutboxError(
-                f"can't use the outbox {exc.filename or self.path}: {words}", self._access_hint(exc)
+                f"can't use the outbox {exc.filename or self.path}: {words}", access_hint(self.path, exc)
             ) from exc
 
     def _in_our_words(self, exc: sqlite3.Error) -> OutboxError:
@@ -378,21 +387,12 @@ class Store:
             return self.damaged(str(exc), self._inode)
         if code in _IMPOSSIBLE or extended in (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ):
             return self.suspected(str(exc))
-        return OutboxError(f"can't use the outbox {self.path}: {exc}", self._access_hint(exc))
+        return OutboxError(f"can't use the outbox {self.path}: {exc}", access_hint(self.path, exc))
 
-    def _access_hint(self, exc: Exception | None) -> str | None:
-        """Say what to do: above all, name the group to join where that is what is missing."""
-        if os.path.isdir(self.path):
-            return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
-        directory = os.path.dirname(self.path)
-        try:
-            found = os.stat(directory)
-        except OSError:
-            return f"check that {directory} exists and that you may use it"
-        is_denied = isinstance(exc, PermissionError) or not os.access(directory, os.W_OK | os.X_OK)
-        if is_denied and found.st_mode & 0o020:
-            return f"ask for membership in the group {group_name(found.st_gid)}, which shares {directory}"
-        return f"check the permissions of {directory}" if is_denied else None
+
+def is_wal(connection: sqlite3.Connection) -> bool:
+    """Tell whether somebody's tool has switched the file to write-ahead logging."""
+    return bool(connection.execute("PRAGMA journal_mode").fetchone() == ("wal",))
 
 
 def placeholders(values: list[Any]) -> str:

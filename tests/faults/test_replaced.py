@@ -13,6 +13,7 @@ from host import eventually
 from scripted import accepted
 
 from versioner_agent import Outbox, damage, review
+from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.ledger import Ledger
 from versioner_agent.storage import Store
 
@@ -147,6 +148,30 @@ def test_a_log_left_behind_is_not_played_into_the_new_file(host_for, loss):
     with contextlib.closing(sqlite3.connect(host.path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert any(name.endswith("-wal") and ".corrupt-" in name for name in os.listdir(os.path.dirname(host.path)))
+
+
+def test_a_wal_that_holds_what_was_queued_loses_nothing_when_the_outbox_shrinks(host_for):
+    """In write-ahead logging the file is longer than its header says until a checkpoint, which is no damage."""
+    host = host_for()
+    host.queue("payments", 300, scm_branch="b" * 2000)
+    host.close()
+    with contextlib.closing(sqlite3.connect(host.path, isolation_level=None)) as tool:
+        tool.execute("PRAGMA journal_mode = WAL")
+        tool.execute("PRAGMA wal_autocheckpoint = 0")
+        tool.execute("DELETE FROM record WHERE id < 250")
+        tool.execute("PRAGMA incremental_vacuum(64)").fetchall()
+        before = os.path.getsize(f"{host.path}-wal")
+        for version in ("a", "b"):
+            done = host.run(*ENQUEUE, version)
+            assert (done.returncode, done.stderr) == (0, b"")
+        assert os.path.getsize(f"{host.path}-wal") - before < RESERVE_BYTES  # there is no journal to be grown
+        with contextlib.closing(Outbox(host.path)) as outbox, outbox.store.write() as connection:
+            connection.execute("DELETE FROM reserve")
+            connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
+        assert host.run(*ENQUEUE, "c").returncode == 0
+
+    assert host.counts() == {"pending": 54}
+    assert not [name for name in os.listdir(os.path.dirname(host.path)) if ".corrupt-" in name]
 
 
 # --- pipes and other things that are no files

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sqlite3
 import subprocess
 import sys
 
 import pytest
 
 from versioner_agent import Outbox, reserve, review
-from versioner_agent.errors import OutboxFull
+from versioner_agent.errors import OutboxBusy, OutboxFull
 from versioner_agent.files import RESERVE_BYTES, ROOM_BYTES
 from versioner_agent.ledger import BRIEF_CHARS, Health, Ledger
 from versioner_agent.outbox import Destination
@@ -176,6 +177,17 @@ def test_a_quota_keeps_nobody_from_starting_to_deliver(full, monkeypatch):
     assert reserved(full.store) == []
     with pytest.raises(OutboxFull, match="nothing new is queued"):
         outbox.enqueue("build", EVENT)
+
+
+def test_a_reader_that_keeps_the_file_is_named_and_not_taken_for_a_full_disk(outbox):
+    outbox.enqueue("build", EVENT)
+    reserve.give_up(outbox.store)
+    outbox.close()
+    with contextlib.closing(sqlite3.connect(outbox.store.path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM record").fetchone()
+        with Outbox(outbox.store.path, busy_timeout=0.1) as other, pytest.raises(OutboxBusy):
+            other.enqueue("build", EVENT)
 
 
 def test_queuing_is_refused_all_the_while(full):

@@ -12,7 +12,7 @@ from contextlib import closing
 
 import pytest
 
-from versioner_agent import Outbox, review, schema
+from versioner_agent import Outbox, files, review, schema
 from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
@@ -308,7 +308,7 @@ def test_directory_that_a_group_shares_is_named_in_the_hint(tmp_path):
     place.chmod(0o2770)
     store = Store(place / "outbox.db")
 
-    assert "ask for membership in the group" in store._access_hint(PermissionError(13, "no"))
+    assert "ask for membership in the group" in files.access_hint(store.path, PermissionError(13, "no"))
 
 
 def test_an_error_of_the_disk_is_said_where_its_free_space_is_asked_for(outbox, monkeypatch):

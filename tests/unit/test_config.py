@@ -371,6 +371,7 @@ def test_without_a_home_there_must_be_an_outbox_named(monkeypatch, home):
 
     (problem,) = problems_of(load, {}, {})
     assert "no home directory" in problem
+    assert problems_of(load, {}, {"HOME": ""}) == [problem]
     assert load({"db": "/named/outbox.db"}, {}).db == "/named/outbox.db"
 
 
