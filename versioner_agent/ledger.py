@@ -70,10 +70,10 @@ class Ledger:
         Raises OutboxMissing where there is none and it is not made.
         """
         mended = mending.ensure_sound(self.store)
-        if create:
-            with self.store.write(create=True):
-                pass
         try:
+            if create:
+                with self.store.write(create=True):
+                    pass
             self.check()
         except OutboxDamaged as found:
             mended = self.mend(found) or mended
