@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import stat
 from contextlib import suppress
 
@@ -15,6 +16,11 @@ FLOOR_BYTES = 256 * 1024
 ROOM_BYTES = 2 * RESERVE_BYTES + FLOOR_BYTES
 #: Larger files are not read as a whole when an agent starts, and not mended by an enqueue (bytes).
 CHECKED_BYTES = 50 * 1024 * 1024
+
+#: What a disk that fails loses is for a person to judge: it may come back.
+_DISK_HINT = (
+    "nothing was changed: look at the disk (dmesg); if it is broken, put a copy of what can be read in its place"
+)
 
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
@@ -90,6 +96,8 @@ def _file_mode(mode: int) -> int:
 
 def access_hint(path: str, exc: Exception | None) -> str | None:
     """Say what to do: above all, name the group to join where that is what is missing."""
+    if getattr(exc, "errno", 0) == errno.EIO or getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+        return _DISK_HINT
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)

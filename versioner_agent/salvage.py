@@ -24,16 +24,16 @@ MAX_PRUNED = 10_000_000
 
 
 def rows_of(path: str) -> Iterator[Row]:
-    """Yield what looks like a row in the file at *path*; what the disk can't read any more is passed over."""
+    """Yield what looks like a row in the file at *path*; raises OSError where the disk can't be read.
+
+    What was passed over would be lost, and a disk may come back: whether it does is for a person to judge.
+    """
     fd = open_plain(path)
     try:
         count = -(-os.fstat(fd).st_size // PAGE_BYTES)
 
         def read(number: int) -> bytes:
-            try:
-                return os.pread(fd, PAGE_BYTES, (number - 1) * PAGE_BYTES)
-            except OSError:
-                return b""
+            return os.pread(fd, PAGE_BYTES, (number - 1) * PAGE_BYTES)
 
         for number in range(2, count + 1):  # the first page holds the schema
             yield from rows(read(number), read)

@@ -385,7 +385,7 @@ class Store:
                     self._inode,
                 )
             return self.damaged(str(exc), self._inode)
-        if code in _IMPOSSIBLE or extended in (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ):
+        if code in _IMPOSSIBLE or extended == sqlite3.SQLITE_IOERR_SHORT_READ:
             return self.suspected(str(exc))
         return OutboxError(f"can't use the outbox {self.path}: {exc}", access_hint(self.path, exc))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sqlite3
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from crash import COMMAND, needs_strace
 from host import eventually
 from scripted import accepted
 from specimen import Specimen, records_of
@@ -234,6 +236,50 @@ def test_enqueues_that_race_with_the_replacement_lose_nothing(host, child):
 
     assert host.counts() == {"pending": 163}
     assert len({kept.event_id for kept in records_of(host.path).values()}) == 163
+
+
+# --- a disk that fails: what it can't read just now is not gone
+
+
+@pytest.mark.parametrize("lasting", ["", "+"], ids=["once", "from-then-on"])
+@pytest.mark.parametrize("moment", range(10))
+@needs_strace
+def test_a_disk_that_cannot_be_read_costs_no_record(host, moment, lasting):
+    """When the disk is back, everything is there, in the very same file."""
+    host.close()
+    before = os.stat(host.path).st_ino
+    fails = ("-e", "trace=pread64", "-e", f"inject=pread64:error=EIO:when={2 * moment + 1}{lasting}")
+    strace = ("strace", "-f", "-qq", "-o", os.devnull, "-P", host.path, *fails)
+    command = (*COMMAND, "enqueue", "build", "--product", "payments", "--version", "4")
+    done = subprocess.run((*strace, *command), env=host.env, capture_output=True, timeout=60, check=False)
+
+    assert b"Traceback" not in done.stderr
+    assert kept_files(host.path) == []
+    assert os.stat(host.path).st_ino == before
+    assert set("123") <= {json.loads(kept.payload)["version"] for kept in records_of(host.path).values()}
+    if done.returncode:
+        assert done.returncode == 1
+        assert b"look at the disk" in done.stderr
+        assert host.counts() == {"pending": 3}
+
+
+def test_a_damaged_file_of_which_a_part_cannot_be_read_stays_as_it_is(host, monkeypatch):
+    host.close()
+    corrupt(host.path)
+    pread = os.pread
+
+    def failing(fd, size, at):
+        if at == 4096 * 9:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(fd, size, at)
+
+    with contextlib.closing(Store(host.path)) as store:
+        monkeypatch.setattr(os, "pread", failing)
+        with pytest.raises(OutboxError, match="Input/output error"):
+            Ledger(store).open(create=True)
+        assert [name for name in os.listdir(os.path.dirname(host.path)) if "corrupt" in name or "mending" in name] == []
+        monkeypatch.undo()
+        assert Ledger(store).open(create=True).salvaged == {"pending": 3}
 
 
 # --- SIGKILL

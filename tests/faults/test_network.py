@@ -171,7 +171,7 @@ def test_a_reset_before_the_request_was_read(host_for, serve):
         connection.close()
 
         # It may be noticed before the request is written, or after.
-        waits(host, "down", "connection broke|reset|closed the connection")
+        waits(host, "down", "connection broke|reset|closed the connection|Server disconnected")
     put_right(host, serve(port=port), agent)
 
 
