@@ -51,12 +51,13 @@ def mend(store: Store, damage: OutboxDamaged) -> Damage | None:
             store.disconnect()
             if inode_of(store.path) != damage.inode:
                 return None
-            found = damage if damage.is_certain else examine(store, deep=True)
+            # SQLite also takes a disk that failed once for a malformed file.
+            found = damage if damage.is_certain and is_large(store) else examine(store, deep=True)
             if found is not None:
                 if damage.inode is not None:
                     refuse_foreign(store)
                 return _replace(store, found.what)
-            if _cut(store):
+            if _cut(store) or damage.is_certain:
                 return None
         if not recount(store):
             raise damage

@@ -166,9 +166,7 @@ class Outbox:
                 "its size makes saving what is in it take long: run `versioner-agent flush`, or the agent",
             )
         mended = mending.mend(self.store, found)
-        if mended is None and not found.is_certain:
-            return ()  # it was only suspected, and nothing of it was lost
-        return (f"the outbox was damaged: {mended or found.what}",)
+        return () if mended is None else (f"the outbox was damaged: {mended}",)
 
     def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
         from versioner_agent import __version__  # noqa: PLC0415  # the package's name must be complete first

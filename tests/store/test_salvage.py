@@ -10,7 +10,6 @@ import pytest
 
 from versioner_agent import Outbox, mending, review, settling
 from versioner_agent.batches import INSERT_BATCH
-from versioner_agent.files import inode_of
 from versioner_agent.ledger import Health, Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome
@@ -136,8 +135,8 @@ def leaf_with(path, record_id):
 
 
 def mend_as_it_is(path):
-    with contextlib.closing(Store(path)) as store:
-        return mending.mend(store, store.damaged("torn", inode_of(path)))
+    with contextlib.closing(Store(path)) as store, store.turn():
+        return mending._replace(store, "torn")
 
 
 @pytest.mark.parametrize("size", [8, 512])
