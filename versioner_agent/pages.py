@@ -17,8 +17,9 @@ MAX_ROW_BYTES = 4 * 1024 * 1024  # several times what an event may have
 
 #: Where a record's first text begins: its event_id.
 EVENT_ID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-#: How far before its first text a record's cell can begin: two lengths, the rowid, and a type for each column.
-CELL_HEAD_BYTES = 128
+#: The longest head of a record's row whose length is one byte: its own length, and a type for each column.
+MAX_HEAD_BYTES = 127
+MAX_VARINT_BYTES = 9
 
 _INTEGER_BYTES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
 
@@ -45,7 +46,7 @@ def rows(page: bytes, read: Pages) -> Iterator[Row]:
     """
     found = list(_by_pointers(page, read)) if page[:1] == bytes((LEAF,)) else []
     yield from found
-    yield from _by_text(page, read, [(row.start, row.end) for row in found])
+    yield from _by_text(page, read, found)
 
 
 def _cell_count(page: bytes) -> int:
@@ -59,18 +60,28 @@ def _by_pointers(page: bytes, read: Pages) -> Iterator[Row]:
             yield row
 
 
-def _by_text(page: bytes, read: Pages, known: list[tuple[int, int]]) -> Iterator[Row]:
+def _by_text(page: bytes, read: Pages, known: list[Row]) -> Iterator[Row]:
+    starts = {row.start for row in known}
+    texts = {row.values[1] for row in known if len(row.values) > 1}
     free_until = int.from_bytes(page[5:7])
     if not 8 + 2 * _cell_count(page) <= free_until <= PAGE_BYTES:
         free_until = 0
     for match in EVENT_ID.finditer(page):
         text = match.start()
-        if any(start <= text < end for start, end in known):
-            continue
-        for start in range(max(8, text - CELL_HEAD_BYTES), text):
+        if match.group().decode() in texts and any(row.start <= text < row.end for row in known):
+            continue  # spares the search; what else lies within a row may be another's, of which a part is overwritten
+        for start in _starts(page, text):
             if (row := row_at(page, start, read, body_at=text)) is not None:
-                yield row._replace(is_free=start < free_until)
+                if start not in starts:
+                    yield row._replace(is_free=start < free_until)
                 break
+
+
+def _starts(page: bytes, text: int) -> Iterator[int]:
+    """Yield where a cell may begin whose first text is at *text*: before a head that is as long as it says."""
+    for head in range(max(10, text - MAX_HEAD_BYTES), text):
+        if page[head] == text - head:
+            yield from range(max(8, head - 2 * MAX_VARINT_BYTES), head - 1)
 
 
 def row_at(page: bytes, start: int, read: Pages, *, body_at: int | None = None) -> Row | None:

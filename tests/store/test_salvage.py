@@ -156,6 +156,24 @@ def test_a_record_is_saved_whose_page_begins_as_it_was_before_the_record(path, s
     assert state_of(path, 6) == "pending"
 
 
+def test_a_record_is_saved_that_lies_within_what_is_left_of_another(path):
+    """The beginning of another page was written over the beginning of its own."""
+    with Outbox(path) as outbox:
+        for version in ("6", "7"):
+            outbox.enqueue("build", {**RUN, "version": version, "extra_metadata": {"notes": "n" * 2400}})
+    (other, whole), (start, row) = leaf_with(path, 6), leaf_with(path, 7)
+    assert start != other
+    assert row.start > 500
+    with open(path, "r+b") as file:
+        file.seek(other + whole.start)
+        beginning = file.read(300)
+        file.seek(start)
+        file.write(b"\x0d\0\0\0\x01\0\x64\0\0\x64" + bytes(90) + beginning)
+    mend(path)
+
+    assert state_of(path, 7) == "pending"
+
+
 @pytest.mark.parametrize("mend_it", [mend, mend_as_it_is], ids=["garbage-header", "readable"])
 def test_an_old_copy_of_a_pruned_record_stays_where_it_is(path, mend_it):
     """SQLite leaves such copies in what a page says is free, where it moved rows to another page."""
