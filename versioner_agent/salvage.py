@@ -113,6 +113,8 @@ class Salvage:
         found |= _true_identity(record, found["payload"])
         fitting = {name: _fitting(name, found[name], *column) for name, column in self._columns.items()}
         fitting["state"] = _nearest_state(found["state"])
+        if fitting["settled_at"] is not None and fitting["settled_at"] < record.queued_at:
+            fitting["settled_at"] = time.time()  # which no digest covers: pruning must not take it at once
         if not self._is_latest(fitting):
             return
         try:

@@ -156,6 +156,16 @@ def test_a_record_is_saved_whose_page_begins_as_it_was_before_the_record(path, s
     assert state_of(path, 6) == "pending"
 
 
+def test_a_delivered_record_whose_time_was_damaged_is_not_pruned_at_once(path):
+    settle(path, 3)
+    run(path, "UPDATE record SET settled_at = 1.0 WHERE id = 3")
+    mend(path)
+    with contextlib.closing(Store(path)) as store:
+        assert Ledger(store).prune(1.7e9) == 0
+
+    assert state_of(path, 3) == "delivered"
+
+
 def test_a_record_is_saved_that_lies_within_what_is_left_of_another(path):
     """The beginning of another page was written over the beginning of its own."""
     with Outbox(path) as outbox:
