@@ -61,6 +61,12 @@ def key_account(key: str) -> str | None:
     return match.group(1) if match else None
 
 
+def key_public_part(key: str) -> str:
+    """Return what may be shown of an API key: account and id (`sk_acme_k2_…`), less where it has another shape."""
+    match = re.fullmatch(r"(sk_[A-Za-z0-9-]{1,64}_)(?:([A-Za-z0-9-]{1,16}_)[A-Za-z0-9_-]+|[A-Za-z0-9_-]+)", key.strip())
+    return f"{match[1]}{match[2] or ''}…" if match else "(a key of another form)"
+
+
 def duration(seconds: float) -> str:
     """Say a duration in the largest unit that fits: `42 s`, `3 min`, `5 h`, `12 d`."""
     for size, unit in _UNITS:

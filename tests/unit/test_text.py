@@ -77,6 +77,21 @@ def test_account_is_read_from_a_key(key, account):
 
 
 @pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("sk_acme_k2_s3cr-et_1", "sk_acme_k2_…"),
+        (" sk_my-company_k1_x\n", "sk_my-company_k1_…"),
+        ("sk_acme_s3cret", "sk_acme_…"),
+        ("sk_acme_s3cretthatislongerthananid_x", "sk_acme_…"),
+        ("s3cret", "(a key of another form)"),
+        ("", "(a key of another form)"),
+    ],
+)
+def test_of_a_key_only_account_and_id_are_shown(key, shown):
+    assert text.key_public_part(key) == shown
+
+
+@pytest.mark.parametrize(
     ("seconds", "said"),
     [(-1, "0 s"), (0, "0 s"), (0.9, "0 s"), (1, "1 s"), (59.9, "59 s"), (60, "1 min"), (3599, "59 min"), (3600, "1 h"),
      (86_399, "23 h"), (86_400, "1 d"), (1e9, "11574 d")],
