@@ -55,8 +55,12 @@ ALLOWED = {
         "chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
+    "opening": {"errors", "ledger", "locks"},
     "agent": {
-        "binding", "config", "creation", "delivery", "errors", "flusher", "ledger", "locks", "records", "review", "storage", "text",
+        "binding", "config", "creation", "delivery", "errors", "flusher", "ledger", "locks", "opening", "storage",
+    },
+    "flush": {
+        "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "review", "storage",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
     "sandbox": {"events", "loopback"},

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 from measure import API_KEY, Bench, Result, in_turns, seconds, server
 
-from versioner_agent import agent, config, events
+from versioner_agent import config, events, flush
 from versioner_agent.delivery import ENDPOINTS, USER_AGENT
 from versioner_agent.outbox import Outbox
 
@@ -42,7 +42,7 @@ def _compared(directory: str, backlog: int, delay_s: float, pairs: int) -> tuple
             path = os.path.join(directory, f"{next(turns)}.db")
             sent[:] = _fill(path, backlog)
             settings = config.resolve({"db": path, "api_url": api.url, "concurrency": CONCURRENCY}, env, [])
-            taken = seconds(lambda: agent.flush(settings, env, timeout=600))
+            taken = seconds(lambda: flush.flush(settings, env, timeout=600))
             assert _delivered(path) == backlog
             return backlog / taken
 

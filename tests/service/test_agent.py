@@ -10,9 +10,9 @@ import pytest
 from host import KEY, eventually
 from scripted import accepted, refused
 
-from versioner_agent import agent, binding, config
-from versioner_agent.agent import flush, others_can_write
+from versioner_agent import binding, config
 from versioner_agent.errors import CredentialsMissing, LockHeld, OtherDestination
+from versioner_agent.flush import Drained, flush, others_can_write
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.outbox import Destination, Outbox
@@ -210,7 +210,7 @@ def test_flush_of_an_outbox_that_was_never_made_does_nothing(tmp_path):
     path = tmp_path / "none" / "outbox.db"
     found = config.resolve({"db": str(path), "api_url": "http://127.0.0.1:9"}, {}, [])
 
-    assert flush(found, ENV, timeout=1) == agent.Drained([], 0)
+    assert flush(found, ENV, timeout=1) == Drained([], 0)
     assert not path.parent.exists()
 
 

@@ -10,7 +10,7 @@ from versioner_agent.cli._common import DELIVERY_KEYS, echo_json, json_option, l
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
-    from versioner_agent.agent import Drained
+    from versioner_agent.flush import Drained
 
 STILL_QUEUED = 75  # EX_TEMPFAIL of sysexits(3)
 
@@ -33,12 +33,15 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
     """
     import os  # noqa: PLC0415
 
-    from versioner_agent import agent, logs  # noqa: PLC0415
+    from versioner_agent import flush as flushing  # noqa: PLC0415
+    from versioner_agent import logs  # noqa: PLC0415
 
     settings = load_settings(options)
     logs.configure(settings.log_format, "debug" if options["verbose"] else "warning")
     with _Progress() as progress:
-        drained = agent.flush(settings, os.environ, timeout=wait_s, rebind=new_destination, on_progress=progress.show)
+        drained = flushing.flush(
+            settings, os.environ, timeout=wait_s, rebind=new_destination, on_progress=progress.show
+        )
     if as_json:
         refused = [record.id for record in drained.refused]
         echo_json({"pending": drained.pending, "refused": refused, "note": drained.note or None})
