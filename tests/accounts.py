@@ -48,6 +48,22 @@ def _interpreter():
     return None
 
 
+def copy_packages(library):
+    """Copy ours and what it needs into the new directory *library*, readable for all."""
+    library.mkdir(mode=0o755)
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            shutil.copytree(os.path.dirname(spec.origin), library / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in MODULES:
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            shutil.copy(spec.origin, library)
+    for path in (library, *library.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return library
+
+
 class Accounts:
     """Four accounts, three of them in one group; `run` runs the command line as one of them."""
 
@@ -59,7 +75,7 @@ class Accounts:
         for name in (OWNER, MEMBER, OTHER_MEMBER, OUTSIDER):
             groups = [] if name == OUTSIDER else ["--groups", GROUP]
             subprocess.run(["useradd", "--no-create-home", *groups, name], check=True)
-        self._copy_packages()
+        copy_packages(self.place / "lib")
 
     def close(self):
         for name in (OWNER, MEMBER, OTHER_MEMBER, OUTSIDER):
@@ -104,19 +120,3 @@ class Accounts:
             (*before, *self.command(*args)), env=self.env(path, **more), capture_output=True, check=False, timeout=60,
             **self.who(user, umask),
         )  # fmt: skip
-
-    def _copy_packages(self):
-        library = self.place / "lib"
-        library.mkdir(mode=0o755)
-        for name in PACKAGES:
-            spec = importlib.util.find_spec(name)
-            if spec is not None:
-                shutil.copytree(
-                    os.path.dirname(spec.origin), library / name, ignore=shutil.ignore_patterns("__pycache__")
-                )
-        for name in MODULES:
-            spec = importlib.util.find_spec(name)
-            if spec is not None:
-                shutil.copy(spec.origin, library)
-        for path in (library, *library.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)

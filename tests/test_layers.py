@@ -46,7 +46,10 @@ ALLOWED = {
     "tls": {"errors"},
     "network": set(),
     "delivery": {"errors", "network", "outcomes", "text", "tls", "urls"},
-    "logs": {"text"},
+    "journal": set(),
+    "logs": {"journal", "text"},
+    "sdnotify": set(),
+    "installed": set(),
     "loopback": set(),
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
@@ -56,8 +59,10 @@ ALLOWED = {
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"errors", "ledger", "locks"},
+    "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
-        "binding", "config", "creation", "delivery", "errors", "flusher", "ledger", "locks", "opening", "storage",
+        "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
+        "opening", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
         "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "review", "storage",

@@ -10,22 +10,31 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
-from versioner_agent import binding
+from versioner_agent import binding, installed
 from versioner_agent.config import Settings
 from versioner_agent.creation import make_private_directory
 from versioner_agent.delivery import Sender
 from versioner_agent.errors import AgentError, LockHeld, OutboxBusy, OutboxFull
+from versioner_agent.files import size_of
 from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.opening import GRACE_S, LOCK_POLL_S, handled_by, lock_errors, migrate, open_outbox
-from versioner_agent.storage import Store
+from versioner_agent.sdnotify import Notifier
+from versioner_agent.storage import PATIENCE, Store
+from versioner_agent.text import duration
+from versioner_agent.vitals import Vitals
 
 logger = logging.getLogger(__name__)
 
+STEP_S = 60.0  # what looking through an outbox, mending or upgrading it may take
+SLOWEST_BYTES_S = 0.5e6  # and in addition for its size
+SLEPT_S = 5.0  # a shorter sleep breaks no connection
 RETRY_S = 5.0  # from one try to open the outbox to the next, where the disk is full or others keep it
 
 
@@ -37,8 +46,12 @@ class Agent:
         self._settings = settings
         self._env = env
         self._reload = reload
+        self._notifier = Notifier(env)
+        self._files = installed.Watch()
         self._signals = 0
         self._wants_reload = False
+        self._slept_s = 0.0
+        self._awake = _Awake()
         self._flusher: Flusher | None = None
 
     def run(self) -> None:
@@ -46,20 +59,47 @@ class Agent:
 
         Requests under way get GRACE_S seconds then, and what was answered is settled. A second signal exits at once.
         """
+        installed.load_all()
+        with handled_by(self._on_signal, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            while self._serve():
+                logger.warning("another disk lies over %s now: starting again there", self._settings.db)
+
+    def _serve(self) -> bool:
+        """Deliver from what lies at the outbox's path; True if something was mounted over it meanwhile."""
         if not self._settings.is_explicit("db"):
             make_private_directory(self._settings.db)
-        store = Store(self._settings.db, self._settings.busy_timeout)
+        store = Store(self._settings.db, self._patience_s())
         lock = FlusherLock(store.path)
-        with handled_by(self._on_signal, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            try:
-                ledger = Ledger(store)
-                if self._insist(lambda: open_outbox(ledger, create=True)):
-                    self._take_over(lock)
-                if self._insist(lambda: migrate(ledger)):
-                    self._deliver(ledger, lock)
-            finally:
-                lock.close()
-                store.close()
+        ledger = Ledger(store)
+        ledger.at_length = partial(self._at_length, store.path)
+        self._notifier.status(f"opening the outbox {store.path}")
+        try:
+            self._await_directory(os.path.dirname(store.path))
+            if self._insist(lambda: open_outbox(ledger, create=True)):
+                self._take_over(lock)
+            return self._insist(lambda: migrate(ledger)) and self._deliver(ledger, lock)
+        finally:
+            lock.close()
+            store.close()
+
+    def _patience_s(self) -> float:
+        """Return how long to wait for other writers; a watchdog must not take that for a hang."""
+        given: float = self._settings.busy_timeout
+        return min(given, self._notifier.watchdog_s / (2 * PATIENCE) or given)
+
+    @contextmanager
+    def _at_length(self, path: str, what: str) -> Iterator[None]:
+        self._notifier.status(what)
+        with self._notifier.allowing(STEP_S + size_of(path) / SLOWEST_BYTES_S):
+            yield
+
+    def _await_directory(self, directory: str) -> None:
+        """Wait for a directory whose disk may be mounted after we are started."""
+        if not os.path.isdir(directory):
+            logger.error("there is no directory %s; waiting for it (is its disk mounted?)", directory)
+            self._notifier.status(f"waiting for the directory {directory}: is its disk mounted?")
+        while not os.path.isdir(directory) and not self._signals:
+            self._pause(LOCK_POLL_S)
 
     def _insist(self, act: Callable[[], None]) -> bool:
         """Do *act* as soon as the disk has room for it and others let us; False if we are told to stop before."""
@@ -70,6 +110,7 @@ class Agent:
             except (OutboxFull, OutboxBusy) as exc:
                 if not is_told:
                     logger.error("%s; trying again", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
+                    self._notifier.status(f"{exc.message}; trying again")
                     is_told = True
             else:
                 return True
@@ -79,54 +120,92 @@ class Agent:
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._signals:
+            self._notifier.alive(time.monotonic())
             time.sleep(LOCK_POLL_S)
 
     def _take_over(self, lock: FlusherLock) -> None:
         with lock_errors(lock):
             if not lock.claim_agent():
                 pid = lock.presence().agent_pid
-                raise LockHeld(f"another agent (pid {pid or 'unknown'}) delivers from this outbox")
+                raise LockHeld(
+                    f"another agent (pid {pid or 'unknown'}) delivers from this outbox", "stop it, or leave it to it"
+                )
             is_told = False
             while not lock.claim_delivery():
                 if not is_told:
-                    logger.info("waiting for a flush (pid %s) to hand over", lock.presence().pid)
+                    words = f"waiting for a flush (pid {lock.presence().pid or 'unknown'}) to hand over"
+                    logger.info("%s", words)
+                    self._notifier.status(words)
                     is_told = True
                 if self._signals:
                     return
-                time.sleep(LOCK_POLL_S)
+                self._pause(LOCK_POLL_S)
 
-    def _deliver(self, ledger: Ledger, lock: FlusherLock) -> None:
+    def _deliver(self, ledger: Ledger, lock: FlusherLock) -> bool:
         account = binding.check(ledger, binding.configured(self._settings, self._env))
         sender, options, here = binding.sending(self._settings, self._env, account)
-        if binding.key_or_none(self._settings, self._env) is None:
+        if self._key() is None:
             logger.warning("there is no API key yet: events wait (VERSIONER_API_KEY, api_key_file)")
         flusher = Flusher(ledger, sender, options, here, on_account=account.bind)
         self._flusher = flusher
+        vitals = Vitals(self._notifier, ledger, lock, self._files, self._key)
         logger.info(
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
         )
+        self._notifier.ready(vitals.line(has_key=self._key() is not None))
         try:
-            while not self._signals:
-                flusher.run(lambda: self._is_interrupted(lock))
+            while not self._signals and not lock.is_hidden():
+                flusher.run(lambda: self._is_interrupted(lock, vitals))
                 if self._wants_reload and not self._signals:
-                    sender = self._apply_reload(flusher, ledger, sender, account)
+                    self._notifier.reloading()
+                    sender = self._apply_reload(flusher, ledger, sender, account, vitals)
+                    self._notifier.ready(vitals.line(has_key=self._key() is not None))
+                elif self._slept_s:
+                    sender = self._resume(flusher, sender, account)
+            if self._signals:
+                self._notifier.stopping("stopping: waiting for requests under way")
             unanswered = flusher.finish(GRACE_S)
             if unanswered:
                 logger.warning("stopped with %d requests unanswered; they will be repeated", unanswered)
         finally:
             self._flusher = None
             sender.close()
-        logger.info("stopped", extra={"action": "stop"})
+        if self._signals:
+            logger.info("stopped", extra={"action": "stop"})
+        return not self._signals
 
-    def _is_interrupted(self, lock: FlusherLock) -> bool:
+    def _key(self) -> str | None:
+        return binding.key_or_none(self._settings, self._env)
+
+    def _is_interrupted(self, lock: FlusherLock, vitals: Vitals) -> bool:
+        vitals.tell(time.monotonic())
+        self._slept_s += self._awake.slept_s()
         with lock_errors(lock):
+            if lock.is_hidden():
+                return True
             if not lock.renew():
                 raise LockHeld(f"the lock {lock.path} was removed, and another agent delivers from this outbox now")
-        return bool(self._signals) or self._wants_reload
+        return bool(self._signals) or self._wants_reload or self._slept_s > 0
 
-    def _apply_reload(self, flusher: Flusher, ledger: Ledger, sender: Sender, account: binding.Account) -> Sender:
+    def _resume(self, flusher: Flusher, sender: Sender, account: binding.Account) -> Sender:
+        """Ask at once after the host was suspended, on new connections: the old ones lead nowhere."""
+        slept_s, self._slept_s = self._slept_s, 0.0
+        logger.info("the host was suspended for %s", duration(slept_s), extra={"action": "resume"})
+        try:
+            fresh, options, here = binding.sending(self._settings, self._env, account)
+        except AgentError as exc:
+            logger.error("%s; the old connections stay", exc.message)  # noqa: TRY400
+            return sender
+        flusher.configure(fresh, options, here, slept_s)
+        sender.close()
+        return fresh
+
+    def _apply_reload(
+        self, flusher: Flusher, ledger: Ledger, sender: Sender, account: binding.Account, vitals: Vitals
+    ) -> Sender:
         """Take the configuration as it is now, or keep the old one and say why."""
         self._wants_reload = False
+        vitals.reload_problem = ""
         try:
             settings = self._reload()
             if os.path.realpath(settings.db) != ledger.store.path:
@@ -134,7 +213,8 @@ class Agent:
             bound = binding.check(ledger, binding.configured(settings, self._env))
             fresh, options, here = binding.sending(settings, self._env, account)
         except AgentError as exc:
-            logger.error("reload: %s; the old configuration stays", exc.message)  # noqa: TRY400
+            vitals.reload_problem = " ".join(exc.message.split())
+            logger.error("reload: %s; the old configuration stays", vitals.reload_problem)  # noqa: TRY400
             return sender
         account.name = bound.name  # an outbox with nothing pending may have moved to another one
         flusher.configure(fresh, options, here)
@@ -151,3 +231,20 @@ class Agent:
                 os._exit(128 + number)
         if self._flusher is not None:
             self._flusher.wake()
+
+
+class _Awake:
+    """Notices that the host was suspended: time goes on then, and the monotonic clock does not (clock_gettime(2))."""
+
+    def __init__(self) -> None:
+        self._ahead_s = _boot_clock_ahead_s()
+
+    def slept_s(self) -> float:
+        """Return for how many seconds the host slept since this was asked last."""
+        before, self._ahead_s = self._ahead_s, _boot_clock_ahead_s()
+        slept_s = self._ahead_s - before
+        return slept_s if slept_s >= SLEPT_S else 0.0
+
+
+def _boot_clock_ahead_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic() if hasattr(time, "CLOCK_BOOTTIME") else 0.0

@@ -27,8 +27,8 @@ _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
 _BESIDE = os.O_RDWR | _SAFELY | _UNLINKED
 
 
-def inode_of(path: str) -> tuple[int, int] | None:
-    """Return what tells the file at *path* from one that takes its place; None where there is none."""
+def inode_of(path: str | int) -> tuple[int, int] | None:
+    """Return what tells the file at *path* (or open as it) from one that takes its place; None where there is none."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

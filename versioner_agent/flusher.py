@@ -93,7 +93,7 @@ class Flusher:
         self._rewrite_at = 0.0  # when those are tried again
         self._paused_until = 0.0  # where the outbox could not be used
         self._busy: set[str] = set()
-        self._seen_file: tuple[int, int, int] | None = None
+        self._seen_file: tuple[int, int, tuple[int, int]] | None = None
         self._seen_version: int | None = None
         self._look_at = 0.0
         self._mend_at = 0.0
@@ -112,13 +112,16 @@ class Flusher:
             if 0 < left <= 3600:
                 self._pace.paused_until = time.monotonic() + left
 
-    def configure(self, sender: Sender, options: Options, here: Destination) -> None:
-        """Use other settings from now on; requests under way end as they began."""
+    def configure(self, sender: Sender, options: Options, here: Destination, slept_s: float = 0.0) -> None:
+        """Use other settings from now on, and ask at once; requests under way end as they began.
+
+        *slept_s* is for how long the host was suspended meanwhile, which the monotonic clock does not count.
+        """
         self._sender = sender
         self._options = options
         self._here = here
         self._limits = Limits(options.max_event_attempts, options.give_up_after)
-        self._pace = Pace(options.concurrency, options.max_backoff, self._pace.paused_until)
+        self._pace = Pace(options.concurrency, options.max_backoff, self._pace.paused_until - slept_s)
         self._chooser = Chooser(self._ledger, self._pace)
 
     def wake(self) -> None:
@@ -388,9 +391,9 @@ class Flusher:
             self._maintain_at = now + POLL_S
 
 
-def _file_times(path: str) -> tuple[int, int, int] | None:
+def _file_times(path: str) -> tuple[int, int, tuple[int, int]] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_size, (found.st_dev, found.st_ino)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 from versioner_agent import mending, migration, reserve, settling
@@ -48,6 +49,14 @@ def as_health(row: Sequence[Any]) -> Health:
     return Health(text(state) or "unknown", text(reason), *(number(time) for time in times))
 
 
+class Standing(NamedTuple):
+    """How things are, in a few numbers."""
+
+    pending: int
+    failed: int
+    health: Health
+
+
 class Seek(NamedTuple):
     """Keys found from a key on, the key to go on from, and whether the last key was passed."""
 
@@ -63,13 +72,16 @@ class Ledger:
         """Use *store*, which belongs to the calling thread."""
         self.store = store
         store.oldest_version = 1  # older ones are migrated before anything else is done with them
+        #: Wrapped around what takes long, with its name: somebody may be waiting for a sign of life.
+        self.at_length: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
 
     def open(self, *, create: bool) -> Damage | None:
         """Mend the outbox if it is damaged, make it if it is missing and *create*; returns what was mended.
 
         Raises OutboxMissing where there is none and it is not made.
         """
-        mended = mending.ensure_sound(self.store)
+        with self.at_length("looking through the outbox"):
+            mended = mending.ensure_sound(self.store)
         try:
             if create:
                 with self.store.write(create=True):
@@ -88,11 +100,13 @@ class Ledger:
 
     def migrate(self) -> str | None:
         """Bring the outbox to this program's schema; only while holding the flusher lock. See `migration.migrate`."""
-        return migration.migrate(self.store)
+        with self.at_length("upgrading the outbox"):
+            return migration.migrate(self.store)
 
     def mend(self, found: OutboxDamaged) -> Damage | None:
         """Go on with what can be saved of a damaged file; None where somebody else has done it."""
-        return mending.mend(self.store, found)
+        with self.at_length("mending the outbox"):
+            return mending.mend(self.store, found)
 
     def keys(self, after: str, wanted: int, skip: Container[str]) -> Seek:
         """Find up to *wanted* ordering keys with pending records behind *after*, none of them in *skip*.
@@ -149,6 +163,13 @@ class Ledger:
         with self.store.read() as connection:
             waiting = self.store.only(connection.execute(COUNT_WAITING))[0]
         return waiting if isinstance(waiting, int) else 0
+
+    def standing(self) -> Standing:
+        """Return how many records wait and how many failed, and the destination's state."""
+        with self.store.read() as connection:
+            waiting, failed = self.store.only(connection.execute(COUNT_WAITING_AND_FAILED))
+            row = self.store.only(connection.execute(SELECT_DESTINATION_ROW))
+        return Standing(int(number(waiting) or 0), int(number(failed) or 0), as_health(row[2:7]))
 
     def oldest_pending(self) -> int | None:
         """Return the id of the pending record that was queued first, found by its state."""
@@ -281,10 +302,11 @@ HEAD_OF = f"""
     SELECT {COLUMNS}, payload FROM record INDEXED BY record_pending
     WHERE state = 'pending' AND product_name = ? ORDER BY id LIMIT 1
 """  # noqa: S608  # a constant
-COUNT_WAITING = """
-    SELECT (SELECT n FROM tally WHERE state = 'pending')
-        + (SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1)
+_WAITING = """
+    (SELECT n FROM tally WHERE state = 'pending') + (SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1)
 """
+COUNT_WAITING = f"SELECT {_WAITING}"
+COUNT_WAITING_AND_FAILED = f"SELECT {_WAITING}, (SELECT n FROM tally WHERE state = 'failed')"  # noqa: S608  # a constant
 CONDEMN = """
     UPDATE record SET state = 'failed', reason = 'damaged', detail = :detail, settled_at = :now, held_since = NULL
     WHERE id = :id AND state = 'pending' AND digest = :digest

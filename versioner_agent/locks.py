@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from versioner_agent.files import open_beside
+from versioner_agent.files import inode_of, open_beside
 
 QUEUE_SUFFIX = ".queue"
 FLUSHER_SUFFIX = ".flusher"
@@ -20,9 +20,11 @@ FLUSHER_SUFFIX = ".flusher"
 # Bytes of the flusher file: who delivers, and whether an agent is there (delivering, or waiting for a flush to end).
 _DELIVERING = 0
 _AGENT = 1
-# Behind them the pids of both, right-aligned in ten bytes each.
+# Behind them the pids of both, right-aligned in ten bytes each, and what may be shown of the agent's API key.
 _NOTES_AT = 2
 _NOTE_BYTES = 10
+_KEY_AT = _NOTES_AT + 2 * _NOTE_BYTES
+_KEY_BYTES = 96
 # struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
 _FLOCK = "hhqqi4x"
 
@@ -53,9 +55,9 @@ class WriteQueue:
             except BlockingIOError:
                 if not self._wait(timeout, timeout if most is None else most, progress):
                     return False
-            if os.fstat(self._fd).st_nlink:
+            if inode_of(self._path) == inode_of(self._fd):
                 return True
-            self.close()  # somebody removed the file: those who came after that queue on another one
+            self.close()  # it was removed, or hidden by a mount: those who came after that queue on another one
 
     def release(self) -> None:
         """Let the next writer in."""
@@ -119,6 +121,7 @@ class Presence(NamedTuple):
     has_agent: bool
     pid: int | None  # of whoever delivers, as it saw itself
     agent_pid: int | None
+    agent_key: str | None = None  # what may be shown of it
 
 
 class FlusherLock:
@@ -129,6 +132,7 @@ class FlusherLock:
         self.path = outbox_path + FLUSHER_SUFFIX
         self._fd: int | None = None
         self._claimed: tuple[int, ...] = ()
+        self._shown: str | None = None
 
     def claim_agent(self) -> bool:
         """Become the agent of this outbox; False if there is one. Raises OSError."""
@@ -152,9 +156,21 @@ class FlusherLock:
             is_delivering, has_agent = _is_locked(fd, _DELIVERING), _is_locked(fd, _AGENT)
             pid = _noted(fd, _DELIVERING) if is_delivering else None
             agent_pid = _noted(fd, _AGENT) if has_agent else None
+            key = os.pread(fd, _KEY_BYTES, _KEY_AT).decode("utf-8", "replace").strip() if has_agent else ""
         finally:
             os.close(fd)
-        return Presence(is_delivering, has_agent, pid, agent_pid)
+        return Presence(is_delivering, has_agent, pid, agent_pid, key or None)
+
+    def note_key(self, shown: str) -> None:
+        """Note what may be shown of the key that this agent uses, for `status` of those who can't read it."""
+        self._shown = shown
+        self._note(_KEY_AT, shown.encode().ljust(_KEY_BYTES)[:_KEY_BYTES])
+
+    def is_hidden(self) -> bool:
+        """Tell whether another place lies over ours by now, for something was mounted there."""
+        if self._fd is None or not os.fstat(self._fd).st_nlink or not os.path.isdir(os.path.dirname(self.path)):
+            return False
+        return inode_of(self.path) != inode_of(self._fd)
 
     def renew(self) -> bool:
         """Hold the file that is at the path: somebody may have removed ours. False if another has the new one."""
@@ -182,11 +198,16 @@ class FlusherLock:
         except (BlockingIOError, PermissionError):
             return False
         self._claimed = (*self._claimed, byte)
-        if os.fstat(self._fd).st_nlink > 1:
-            return True  # a hard link: what it shares may be somebody's file
-        with suppress(OSError):  # a full disk must not keep anybody from delivering
-            os.pwrite(self._fd, str(os.getpid()).rjust(_NOTE_BYTES).encode(), _note_at(byte))
+        self._note(_note_at(byte), str(os.getpid()).rjust(_NOTE_BYTES).encode())
+        if byte == _AGENT and self._shown is not None:
+            self.note_key(self._shown)
         return True
+
+    def _note(self, at: int, words: bytes) -> None:
+        if self._fd is None or os.fstat(self._fd).st_nlink > 1:
+            return  # a hard link: what it shares may be somebody's file
+        with suppress(OSError):  # a full disk must not keep anybody from delivering
+            os.pwrite(self._fd, words, at)
 
 
 def _note_at(byte: int) -> int:

@@ -1,11 +1,16 @@
-"""Log lines of the agent: text for people or one JSON object per line, always on stderr, never with a key in it."""
+"""Log lines of the agent: text for people or one JSON object per line, always on stderr, never with a key in it.
+
+Where stderr is systemd's journal, lines carry their priority, and leave out what the journal knows itself.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
+from versioner_agent.journal import is_journal, with_priority
 from versioner_agent.text import json_line, mask_keys, printable
 
 #: Attributes of a LogRecord that our own calls add and JSON lines carry on.
@@ -25,6 +30,27 @@ class TextFormatter(logging.Formatter):
         return printable(mask_keys(super().format(record)))
 
 
+class PlainFormatter(logging.Formatter):
+    """The words alone, one line whatever they hold: the journal adds time and priority."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format with keys masked."""
+        return printable(mask_keys(super().format(record)))
+
+
+class JournalFormatter(logging.Formatter):
+    """A line of *inner* with its priority before it."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format for the journal."""
+        level = record.levelname.lower()
+        return with_priority(self._inner.format(record), level)
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time, level, message, and what the call added."""
 
@@ -42,9 +68,18 @@ class JsonFormatter(logging.Formatter):
 def configure(log_format: str, log_level: str) -> None:
     """Send the package's log lines of *log_level* and above to stderr as `text` or `json`."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.setFormatter(_formatter(log_format))
     ours = logging.getLogger("versioner_agent")
     ours.handlers[:] = [handler]
     ours.setLevel(log_level.upper())
     ours.propagate = False
     logging.raiseExceptions = False  # a log that can't be written must not stop deliveries
+
+
+def _formatter(log_format: str) -> logging.Formatter:
+    to_journal = is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM"))
+    if log_format == "json":
+        formatter: logging.Formatter = JsonFormatter()
+    else:
+        formatter = PlainFormatter() if to_journal else TextFormatter()
+    return JournalFormatter(formatter) if to_journal else formatter

@@ -2,7 +2,7 @@
 
 The damaged set is kept as `*.corrupt-<time>`; what can be read from its bytes goes into a new file that takes its place
 in one rename, all while holding the write queue. Killed at any point, the damaged file is still there for the next try.
-Nothing here is imported where all is well.
+An enqueue imports this only where something is wrong.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import closing
 
 import pytest
 
@@ -289,3 +290,51 @@ def test_a_queue_whose_file_was_removed_is_joined_anew(tmp_path, child):
     assert holder.says() == "released"
     assert queue.acquire(10)
     queue.close()
+
+
+# --- something mounted over the place
+
+
+def moved_aside(path):
+    """What a mount does to an open file: it is still there, but its path leads to another place."""
+    directory = os.path.dirname(path)
+    os.rename(directory, directory + ".hidden")
+    os.mkdir(directory)
+
+
+def test_a_holder_notices_that_its_place_is_hidden(tmp_path):
+    (tmp_path / "place").mkdir()
+    path = str(tmp_path / "place" / "outbox.db")
+    with closing(FlusherLock(path)) as lock:
+        assert not lock.is_hidden()
+        assert lock.claim_agent()
+        assert not lock.is_hidden()
+        moved_aside(path)
+        assert lock.is_hidden()
+        with closing(FlusherLock(path)) as other:
+            other.claim_agent()
+            assert lock.is_hidden()
+            assert not other.is_hidden()
+
+
+def test_a_place_that_is_gone_for_now_is_not_hidden(tmp_path):
+    (tmp_path / "place").mkdir()
+    path = str(tmp_path / "place" / "outbox.db")
+    with closing(FlusherLock(path)) as lock:
+        assert lock.claim_agent()
+        os.rename(tmp_path / "place", tmp_path / "elsewhere")
+
+        assert not lock.is_hidden()
+        assert lock.renew()
+
+
+def test_writers_queue_where_the_path_leads_now(tmp_path):
+    (tmp_path / "place").mkdir()
+    path = str(tmp_path / "place" / "outbox.db.queue")
+    with closing(WriteQueue(path)) as before, closing(WriteQueue(path)) as after:
+        assert before.acquire(1)
+        before.release()
+        moved_aside(path)
+        assert after.acquire(1)
+
+        assert not before.acquire(0.2)

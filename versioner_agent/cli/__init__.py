@@ -160,9 +160,16 @@ def report(exc: AgentError) -> None:
     """Say an error and the next action on stderr."""
     from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
 
-    click.echo(mask_keys("error: " + "\n  ".join(printable(line) for line in exc.lines)), err=True)
+    lines = ("error: " + "\n  ".join(printable(line) for line in exc.lines)).split("\n")
     if exc.hint:
-        click.echo(mask_keys(f"hint: {printable(exc.hint)}"), err=True)
+        lines.append(f"hint: {printable(exc.hint)}")
+    if os.environ.get("JOURNAL_STREAM"):
+        from versioner_agent.journal import is_journal, with_priority  # noqa: PLC0415
+
+        if is_journal(sys.stderr, os.environ["JOURNAL_STREAM"]):
+            lines = [with_priority(line, "error") for line in lines]
+    for line in lines:
+        click.echo(mask_keys(line), err=True)
 
 
 def _silence_stdout() -> None:

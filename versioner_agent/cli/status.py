@@ -69,7 +69,7 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
             "since": time_json(health.since),
             "next_attempt_at": time_json(health.next_attempt_at),
         },
-        "agent": {"running": presence.has_agent, "pid": presence.agent_pid},
+        "agent": {"running": presence.has_agent, "pid": presence.agent_pid, "key": presence.agent_key},
     }
 
 
@@ -95,7 +95,8 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
             lines.append(f"{name}  {count:<6}  {notes.get(state, '')}".rstrip())
     lines += _destination_lines(stats, api_url, now)
     if presence.has_agent:
-        lines.append(f"agent        running (pid {presence.agent_pid or 'unknown'})")
+        key = f", key {printable(presence.agent_key)}" if presence.agent_key else ""
+        lines.append(f"agent        running (pid {presence.agent_pid or 'unknown'}){key}")
     else:
         waiting = "; `versioner-agent run` or `flush` delivers what is pending" if stats.counts["pending"] else ""
         lines.append(f"agent        {'a flush is running' if presence.is_delivering else 'not running'}{waiting}")

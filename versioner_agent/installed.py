@@ -1,0 +1,56 @@
+"""The package's own files: all of them loaded before they may be replaced, and whether that has happened."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+
+import versioner_agent
+
+#: Modules that only other commands use.
+_OF_OTHERS = frozenset({"__main__", "cli", "demo", "doctor", "flush", "loopback", "sandbox", "service"})
+#: What the standard library and ours load when they are first needed.
+_LATER = ("difflib", "encodings.idna", "grp", "tomllib", "unicodedata", "zoneinfo")
+
+
+def load_all() -> None:
+    """Import all that an agent may ever need: an upgrade takes the files away under it."""
+    for found in pkgutil.iter_modules(versioner_agent.__path__):
+        if found.name not in _OF_OTHERS:
+            importlib.import_module(f"versioner_agent.{found.name}")
+    for name in _LATER:
+        importlib.import_module(name)
+
+
+class Watch:
+    """Notices that the files of this program are others than those it was started from."""
+
+    def __init__(self) -> None:
+        self._path = versioner_agent.__file__
+        self._seen = _stamp(self._path)
+
+    def replaced_by(self) -> str | None:
+        """Say which version lies there now (`?` where that can't be read); None while the files are the same."""
+        if _stamp(self._path) == self._seen:
+            return None
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                found = re.search(r'^__version__ = "([^"]+)"', file.read(), re.MULTILINE)
+        except (OSError, ValueError):
+            found = None
+        return found[1] if found else "?"
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """Return what changes when the file at *path*, or the archive around it, is replaced; None where it is gone."""
+    while True:
+        try:
+            found = os.stat(path)
+        except NotADirectoryError:
+            path = os.path.dirname(path)
+        except OSError:
+            return None
+        else:
+            return found.st_ino, found.st_mtime_ns, found.st_size

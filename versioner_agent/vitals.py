@@ -1,0 +1,66 @@
+"""The agent's signs of life: to systemd's watchdog and status line, and beside the lock for `status`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from versioner_agent import __version__
+from versioner_agent.errors import OutboxError
+from versioner_agent.installed import Watch
+from versioner_agent.ledger import Ledger
+from versioner_agent.locks import FlusherLock
+from versioner_agent.reports import headline
+from versioner_agent.sdnotify import Notifier
+from versioner_agent.text import key_public_part
+
+TELL_S = 1.0
+
+
+class Vitals:
+    """Says how the agent is while it delivers; one step of its main loop at a time."""
+
+    def __init__(
+        self,
+        notifier: Notifier,
+        ledger: Ledger,
+        lock: FlusherLock,
+        files: Watch,
+        read_key: Callable[[], str | None],
+    ) -> None:
+        """Speak through *notifier* of what *ledger* holds; *read_key* gives the key as it is now."""
+        self.reload_problem = ""
+        self._notifier = notifier
+        self._ledger = ledger
+        self._lock = lock
+        self._files = files
+        self._read_key = read_key
+        self._due = 0.0
+        self._noted: str | None = None
+
+    def tell(self, now: float) -> None:
+        """Give the signs that are due at *now* (monotonic seconds)."""
+        self._notifier.alive(now)
+        if now < self._due:
+            return
+        self._due = now + TELL_S
+        key = self._read_key()
+        shown = key_public_part(key) if key else ""
+        if shown != self._noted:
+            self._noted = shown
+            self._lock.note_key(shown)
+        if self._notifier.is_heard:
+            self._notifier.status(self.line(has_key=key is not None))
+
+    def line(self, *, has_key: bool) -> str:
+        """Say in one line how things are, and what a person has to do about it."""
+        try:
+            words = headline(self._ledger.standing(), time.time(), has_key=has_key)
+        except OutboxError as exc:
+            words = f"{exc.message}; trying again"
+        if self.reload_problem:
+            words += f"; reload failed, the old configuration stays: {self.reload_problem}"
+        version = self._files.replaced_by()
+        if version is not None:
+            words += f"; restart due: version {version} is installed, {__version__} is running"
+        return words
