@@ -26,7 +26,7 @@ ALLOWED = {
     "pages": set(),
     # Level 1, one outside thing each.
     "config": {"errors", "events", "urls"},
-    "files": set(),
+    "files": {"errors"},
     "locks": {"files"},
     "creation": {"errors", "files", "pages", "schema"},
     "storage": {"creation", "errors", "files", "locks", "schema"},
@@ -58,7 +58,7 @@ ALLOWED = {
         "chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
-    "opening": {"errors", "ledger", "locks"},
+    "opening": {"files", "ledger", "locks"},
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
         "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",

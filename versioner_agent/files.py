@@ -8,6 +8,8 @@ import sqlite3
 import stat
 from contextlib import suppress
 
+from versioner_agent.errors import OutboxError
+
 #: What only recording deliveries may use, in the file and in its journal (bytes).
 RESERVE_BYTES = 384 * 1024
 #: Below this much free space nothing new is accepted (bytes).
@@ -21,6 +23,9 @@ CHECKED_BYTES = 50 * 1024 * 1024
 _DISK_HINT = (
     "nothing was changed: look at the disk (dmesg); if it is broken, put a copy of what can be read in its place"
 )
+
+#: The system's words for these would send people to the wrong place.
+_WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
 
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
@@ -94,27 +99,49 @@ def _file_mode(mode: int) -> int:
     return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
 
 
+def unusable(path: str, exc: OSError) -> OutboxError:
+    """Say that the outbox at *path* can't be used, and what to do: above all, which group is to be joined."""
+    outside = _outside_of_group(path, exc)
+    if outside:
+        return OutboxError(f"can't use the outbox {path}: {outside}")
+    words = _WORDS.get(exc.errno or 0, exc.strerror or str(exc))
+    return OutboxError(f"can't use the outbox {exc.filename or path}: {words}", access_hint(path, exc))
+
+
 def access_hint(path: str, exc: Exception | None) -> str | None:
-    """Say what to do: above all, name the group to join where that is what is missing."""
-    if getattr(exc, "errno", 0) == errno.EIO or getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
+    """Say what to do about what keeps us from the outbox at *path*."""
+    code = getattr(exc, "errno", 0)
+    if code == errno.EIO or getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR:
         return _DISK_HINT
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)
     try:
-        found = os.stat(directory)
+        os.stat(directory)
     except OSError:
         return f"check that {directory} exists and that you may use it"
+    if code == errno.EROFS:
+        return f"if a unit of systemd runs this (a CI runner's), it needs the line ReadWritePaths={directory}"
     is_denied = isinstance(exc, PermissionError) or not os.access(directory, os.W_OK | os.X_OK)
-    if is_denied and found.st_mode & 0o020:
-        return f"ask for membership in the group {_group_name(found.st_gid)}, which shares {directory}"
     return f"check the permissions of {directory}" if is_denied else None
 
 
-def _group_name(gid: int) -> str:
+def _outside_of_group(path: str, exc: OSError) -> str | None:
+    """Say how to join the group that shares the outbox's directory, where that is what is missing."""
+    directory = os.path.dirname(path)
     try:
+        found = os.stat(directory)
         import grp  # noqa: PLC0415  # POSIX only, and only for a message
+        import pwd  # noqa: PLC0415
 
-        return grp.getgrgid(gid).gr_name
-    except (ImportError, KeyError):
-        return str(gid)
+        group = grp.getgrgid(found.st_gid)
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except (OSError, ImportError, KeyError):
+        return None
+    is_member = found.st_gid in (*os.getgroups(), os.getegid())
+    if not isinstance(exc, PermissionError) or not found.st_mode & stat.S_IWGRP or is_member:
+        return None
+    again = "log in again, or restart the CI runner"
+    if user in group.gr_mem:
+        return f"{user} is in the group {group.gr_name} since this session began: {again}"
+    return f"{user} is not in the group {group.gr_name}: `sudo usermod -aG {group.gr_name} {user}`, then {again}"

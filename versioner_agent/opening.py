@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from versioner_agent.errors import OutboxError
+from versioner_agent.files import unusable
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 
@@ -49,7 +49,4 @@ def lock_errors(lock: FlusherLock) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise OutboxError(
-            f"can't use the lock {lock.path}: {exc.strerror or exc}",
-            "only who may write the outbox may deliver from it",
-        ) from exc
+        raise unusable(lock.path, exc) from exc

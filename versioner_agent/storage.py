@@ -30,6 +30,7 @@ from versioner_agent.files import (
     open_beside,
     open_plain,
     size_of,
+    unusable,
 )
 from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue
 
@@ -45,8 +46,6 @@ IDENTIFY = """
 _HALF_MADE = (0, 0, 1, 2)
 LENGTH = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 FREE_PAGES = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
-#: The system's words for these would send people to the wrong place.
-_WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
 #: What our statements never meet on tables as they were made.
 _IMPOSSIBLE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG)
 
@@ -361,10 +360,7 @@ class Store:
         except OSError as exc:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full() from exc
-            words = _WORDS.get(exc.errno or 0, exc.strerror or str(exc))
-            raise OutboxError(
-                f"can't use the outbox {exc.filename or self.path}: {words}", access_hint(self.path, exc)
-            ) from exc
+            raise unusable(self.path, exc) from exc
 
     def _in_our_words(self, exc: sqlite3.Error) -> OutboxError:
         extended = getattr(exc, "sqlite_errorcode", 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import pwd
 import shutil
 import sqlite3
 import stat
@@ -302,13 +304,33 @@ def test_full_disk_is_said_and_leaves_nothing_half_written(outbox):
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def test_directory_that_a_group_shares_is_named_in_the_hint(tmp_path):
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([], "is not in the group share: `sudo usermod -aG share {user}`, then log in again"),
+        (["{user}"], "is in the group share since this session began: log in again, or restart the CI runner"),
+    ],
+)
+def test_who_is_outside_of_the_group_gets_the_remedy_in_one_line(tmp_path, monkeypatch, members, said):
+    user = pwd.getpwuid(os.geteuid()).pw_name
     place = tmp_path / "shared"
     place.mkdir()
     place.chmod(0o2770)
-    store = Store(place / "outbox.db")
+    group = grp.struct_group(("share", "x", place.stat().st_gid, [each.format(user=user) for each in members]))
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    monkeypatch.setattr(os, "getgroups", list)
+    monkeypatch.setattr(os, "getegid", lambda: place.stat().st_gid + 1)
 
-    assert "ask for membership in the group" in files.access_hint(store.path, PermissionError(13, "no"))
+    error = files.unusable(str(place / "outbox.db"), PermissionError(13, "Permission denied"))
+
+    assert said.format(user=user) in error.message
+    assert error.hint is None
+
+
+def test_a_file_system_that_is_read_only_for_this_unit_is_told_how_to_become_writable(tmp_path):
+    error = files.unusable(str(tmp_path / "outbox.db"), OSError(errno.EROFS, "Read-only file system"))
+
+    assert f"ReadWritePaths={tmp_path}" in error.hint
 
 
 def test_an_error_of_the_disk_is_said_where_its_free_space_is_asked_for(outbox, monkeypatch):
