@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 
@@ -90,7 +90,10 @@ class Agent:
     @contextmanager
     def _at_length(self, path: str, what: str) -> Iterator[None]:
         self._notifier.status(what)
-        with self._notifier.allowing(STEP_S + size_of(path) / SLOWEST_BYTES_S):
+        size = 0
+        with suppress(OSError):  # whoever opens it says why it can't be used
+            size = size_of(path)
+        with self._notifier.allowing(STEP_S + size / SLOWEST_BYTES_S):
             yield
 
     def _await_directory(self, directory: str) -> None:
