@@ -106,6 +106,7 @@ class Container:
         self.name = f"va-test-{os.getpid()}-{next(_numbers)}"
         self.mounts = dict(mounts or {})
         self.leader = 0  # the id of its systemd here, where it is up
+        # Not in a place of pytest's: the name of a socket in it must fit into 107 bytes.
         self._place = pathlib.Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir="/tmp"))
         self._merged = self._place / "layers" / "root"
         self._cgroups = [os.path.join(place, self.name) for _, place in _hierarchies()]
@@ -314,6 +315,7 @@ class Container:
     def _boot_command(self):
         binds = [f"--bind-ro={_escaped(here)}:{_escaped(there)}" for here, there in self.mounts.items()]
         command = [
+            "setpriv", "--pdeathsig=TERM",  # where the tests are killed, the machine halts
             "systemd-nspawn", "--quiet", f"--directory={self._merged}", f"--machine={self.name}", "--settings=no",
             "--register=no", "--keep-unit",  # there is no systemd here to register with
             "--link-journal=no", "--resolv-conf=off", "--timezone=off", "--console=read-only", "--private-network",

@@ -100,7 +100,7 @@ def left_of(name):
     """Everything on this machine that has the name of a container."""
     mounts = [line for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
     processes = [path for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if name in content(path)]
-    folders = [("/sys/fs/cgroup", f"**/{name}"), ("/run/systemd", f"**/*{name}*"), ("/tmp", f"*{name}*")]
+    folders = [("/sys/fs/cgroup", f"**/{name}*"), ("/run/systemd", f"**/*{name}*"), ("/tmp", f"*{name}*")]
     return [*mounts, *processes, *(found for top, pattern in folders for found in pathlib.Path(top).glob(pattern))]
 
 
@@ -128,3 +128,16 @@ def test_nothing_is_left_of_a_machine(death):
     container.close()
 
     assert not left_of(container.name)
+
+
+def test_a_machine_that_does_not_boot_says_why_and_leaves_nothing():
+    if reason := why_not():
+        pytest.skip(reason)
+
+    ours = f"va-test-{os.getpid()}-"
+    before = left_of(ours)
+
+    with pytest.raises(AssertionError, match="/nonexistent"):
+        Container({"/nonexistent": "/mnt"})
+
+    assert left_of(ours) == before
