@@ -16,6 +16,7 @@ sys.path.append(os.path.dirname(__file__))  # the modules beside this one, for t
 from accounts import Accounts
 from bench import Bench
 from host import Child, Host, free_port  # found by the line above
+from recipes import copy_of_the_repository, follow, why_no_wheels
 from scripted import ScriptedServer
 
 from versioner_agent import Outbox
@@ -153,3 +154,16 @@ def accounts():
     made = Accounts()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory):
+    """The folder that README's connected machine makes: our wheel, all dependencies', and their hashes.
+
+    Beside it lies the rest of the copy of the repository that it was made in, for recipes that go on from there.
+    """
+    if reason := why_no_wheels():
+        pytest.skip(reason)
+    checkout = copy_of_the_repository(tmp_path_factory.mktemp("connected"))
+    follow("offline: connected machine", checkout)
+    return checkout / "wheels"

@@ -10,19 +10,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import httpcore
 import pytest
+from recipes import README, ROOT, blocks
 
 import versioner_agent
 from versioner_agent import cli, config, delivery, events, outbox, outcomes, records
 from versioner_agent.cli import _common
 from versioner_agent.sandbox import Sandbox
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 def commands():
@@ -119,11 +116,6 @@ def test_every_error_of_the_http_library_has_words():
 
 def test_delivery_takes_all_settings_that_have_a_flag():
     assert {"db", *_common.DELIVERY_KEYS} == {option.key for option in config.OPTIONS if option.flag}
-
-
-def blocks(mark):
-    """README's code blocks behind a comment that starts with *mark*: [(comment, code)]."""
-    return re.findall(rf"<!-- ({mark}[^>]*?) -->\n```\w+\n(.*?)```", README, re.DOTALL)
 
 
 def test_readme_has_exactly_two_set_up_commands():

@@ -102,6 +102,8 @@ def _agent(directory: str, path: str, port: int) -> Iterator[subprocess.Popen[by
         "VERSIONER_API_KEY": _KEY,
         "VERSIONER_AGENT_DB": path,
         "VERSIONER_AGENT_CONFIG": os.path.join(directory, "config.toml"),
+        # The package may lie in a single file that only this process was started with.
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     command = [sys.executable, "-m", "versioner_agent", "run", "--max-backoff", "1"]
     with open(os.path.join(directory, "agent.log"), "wb") as log:
