@@ -63,6 +63,7 @@ def test_enqueue_imports_only_what_it_uses(kind, tmp_path):
     assert not (HEAVY | FILES) & modules
     assert "versioner_agent.ledger" not in modules
     assert "versioner_agent.delivery" not in modules
+    assert "versioner_agent.toml_lines" not in modules
 
 
 def test_the_package_itself_imports_nothing():
