@@ -50,7 +50,10 @@ def _any_text(value: Any) -> str:
 
 
 def _path(value: Any) -> str:
-    return os.path.abspath(os.path.expanduser(_text(value)))
+    try:
+        return os.path.abspath(os.path.expanduser(_text(value)))
+    except FileNotFoundError:
+        raise ValueError("must be absolute: the current directory is gone") from None
 
 
 def _number(least: float, most: float, *, whole: bool = False) -> Callable[[Any], Any]:
@@ -222,7 +225,7 @@ def find_key(settings: Settings, env: Mapping[str, str]) -> Key:
         source = settings.sources["api_key"]
         key = settings.api_key or ""
     if not key:
-        return Key(None, "default")
+        return Key(None, source)
     if not (key.isascii() and key.isprintable()) or " " in key:
         return Key(None, source, f"the API key in {source} holds characters that no key has")
     return Key(key, source)
@@ -238,7 +241,7 @@ def _resolved(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
         if source != "default":
             try:
                 value = option.parse(value)
-            except (ValueError, OSError) as exc:  # OSError: a relative path where there is no directory any more
+            except ValueError as exc:
                 problems.append(_problem(option.key, str(exc), source, file))
                 bad.add(option.key)
         settings.values[option.key], settings.sources[option.key] = value, source

@@ -391,6 +391,7 @@ def test_without_a_home_there_must_be_an_outbox_named(monkeypatch, home):
     assert "no home directory" in problem
     assert problems_of(load, {}, {"HOME": ""}) == [problem]
     assert load({"db": "/named/outbox.db"}, {}).db == "/named/outbox.db"
+    assert [file.name for file in read_files({})] == [SYSTEM]
 
 
 def test_a_key_file_that_is_too_long_is_refused_and_not_cut(tmp_path):
@@ -480,7 +481,9 @@ def test_url_is_checked_beside_other_problems():
     assert [problem.partition(": ")[0] for problem in problems_of(resolve, {}, {}, files)] == [f"{USER}:1", f"{USER}:2"]
 
 
-@pytest.mark.parametrize("text", ['allow_insecure_http = "maybe"', "allow_insecure_http = tru"])
+@pytest.mark.parametrize(
+    "text", ['allow_insecure_http = "maybe"', "allow_insecure_http = 0", "allow_insecure_http = tru"]
+)
 def test_plain_http_is_not_blamed_where_what_allows_it_cannot_be_read(text):
     (problem,) = problems_of(resolve, {}, {"VERSIONER_API_URL": "http://api.internal"}, [file_of(USER, text.encode())])
 
@@ -500,9 +503,10 @@ def test_relative_path_without_a_directory_is_a_problem(monkeypatch):
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(os, "getcwd", fail)
-    (problem,) = problems_of(resolve, {"db": "outbox.db"}, {}, [])
 
-    assert problem.startswith("db (--db): ")
+    assert problems_of(resolve, {"db": "outbox.db"}, {}, []) == [
+        "db (--db): must be absolute: the current directory is gone"
+    ]
 
 
 def test_a_long_unknown_key_is_shortened():
