@@ -17,6 +17,7 @@ ALLOWED = {
     "urls": set(),
     "schema": set(),
     "values": set(),
+    "toml_lines": set(),
     "events": {"errors", "integrity", "values"},
     "bodies": {"errors", "events", "values"},
     "outcomes": {"text"},
@@ -25,7 +26,8 @@ ALLOWED = {
     "records": {"events", "integrity"},
     "pages": set(),
     # Level 1, one outside thing each.
-    "config": {"errors", "events", "urls"},
+    "configfile": {"toml_lines"},
+    "config": {"configfile", "errors", "events", "urls"},
     "files": {"errors"},
     "locks": {"files"},
     "creation": {"errors", "files", "pages", "schema"},
@@ -86,6 +88,7 @@ PURE = (
     "integrity",
     "schema",
     "pages",
+    "toml_lines",
 )
 
 

@@ -63,6 +63,19 @@ def test_enqueue_imports_only_what_it_uses(kind, tmp_path):
     assert not (HEAVY | FILES) & modules
     assert "versioner_agent.ledger" not in modules
     assert "versioner_agent.delivery" not in modules
+    assert "versioner_agent.toml_lines" not in modules
+
+
+def test_enqueue_does_not_look_for_lines_in_a_good_file(tmp_path):
+    (tmp_path / "config.toml").write_text(f'db = "{tmp_path}/outbox.db"\ntimeout = 5\n')
+
+    modules = loaded(
+        ["enqueue", "build", "--product", "p", "--version", "1"],
+        VERSIONER_AGENT_CONFIG=str(tmp_path / "config.toml"),
+    )
+
+    assert "tomllib" in modules
+    assert not (HEAVY | {"versioner_agent.toml_lines"}) & modules
 
 
 def test_the_package_itself_imports_nothing():

@@ -1,25 +1,24 @@
 """Settings: one table of options, resolved by one pure function; `load` does the little I/O.
 
-Flags > environment > user file > system file > defaults, key by key; each value's source is kept. A file is opened,
-never tested: only "no such file" means absent. The API key is not a setting that travels: it is read when it is needed.
+Flags > environment > user file > system file > defaults, key by key; each value's source is kept, and the problems of
+all layers are told together. The API key is not a setting that travels: it is read when it is needed.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from versioner_agent.errors import ConfigError
+from versioner_agent.configfile import File, Problem, contents, read_file
+from versioner_agent.errors import MAX_PROBLEMS_SHOWN, ConfigError
 
 DEFAULT_API_URL = "https://api.versioner.io"
 SYSTEM_FILE = "/etc/versioner-agent/config.toml"
 APP_NAME = "versioner-agent"
-MAX_FILE_BYTES = 1024 * 1024
 MAX_KEY_BYTES = 4096
+MAX_SHOWN = 80  # characters of an unknown key
 
 
 class Option(NamedTuple):
@@ -51,7 +50,10 @@ def _any_text(value: Any) -> str:
 
 
 def _path(value: Any) -> str:
-    return os.path.abspath(os.path.expanduser(_text(value)))
+    try:
+        return os.path.abspath(os.path.expanduser(_text(value)))
+    except FileNotFoundError:
+        raise ValueError("must be absolute: the current directory is gone") from None
 
 
 def _number(least: float, most: float, *, whole: bool = False) -> Callable[[Any], Any]:
@@ -147,132 +149,162 @@ def _may_hold_secret(key: str, value: Any) -> bool:
     return BY_KEY[key].is_secret or (key == "proxy" and "@" in str(value))
 
 
-class File(NamedTuple):
-    """A configuration file's name and content."""
-
-    name: str
-    content: Mapping[str, Any]
-
-
 def resolve(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> Settings:
-    """Return settings from all layers, *files* with the stronger first; raises ConfigError with all bad values."""
-    problems = [problem for file in files for problem in _unknown_keys(file)]
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for option in OPTIONS:
-        value, source = _find(option, flags, env, files)
-        if source != "default":
-            try:
-                value = option.parse(value)
-            except ValueError as exc:
-                problems.append(f"{option.key} ({source}): {exc}")
-        values[option.key], sources[option.key] = value, source
-    if not problems:
-        problems += _checked_url(values, sources)
-    if problems:
-        raise ConfigError(problems)
-    return Settings(values, sources)
+    """Return settings from all layers, *files* with the stronger first; raises ConfigError with all problems."""
+    settings, problems = _resolved(flags, env, files)
+    refuse(problems)
+    return settings
+
+
+def check(file: File) -> list[Problem]:
+    """Return all that is wrong with one file, taken alone."""
+    return _resolved({}, {}, [file])[1]
 
 
 def load(flags: Mapping[str, Any], env: Mapping[str, str], config: str | None = None) -> Settings:
     """Read the configuration files and resolve; *config* (a flag) or VERSIONER_AGENT_CONFIG replaces both files.
 
-    Raises ConfigError.
+    Raises ConfigError with the problems of all layers.
     """
-    named = config or env.get(ENV_CONFIG)
-    paths = [named] if named else [os.path.join(_user_directory("config", env), "config.toml"), SYSTEM_FILE]
-    # Without a home the user's directories are relative: each place would have its own.
-    found = [_read(path) for path in paths if named or os.path.isabs(path)]
-    settings = resolve(flags, env, [file for file in found if file is not None])
+    return load_from(flags, env, read_files(env, config))
+
+
+def load_from(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> Settings:
+    """Resolve, with the user's own outbox where none is named; raises ConfigError."""
+    settings, problems = _resolved(flags, env, files)
     if settings.values["db"] is None:
         settings.values["db"] = os.path.join(_user_directory("state", env), "outbox.db")
-        if not os.path.isabs(settings.db):
-            raise ConfigError(["there is no home directory to keep the outbox in"], "set HOME, or name it with --db")
+        if not os.path.isabs(settings.db) and _is_complete(files):
+            words = "there is no home directory to keep the outbox in"
+            problems.append(Problem(words, hint="set HOME, or name it with --db"))
+    refuse(problems)
     return settings
 
 
+def read_files(env: Mapping[str, str], config: str | None = None) -> list[File]:
+    """Return the configuration files in force, the stronger first, also those that are missing or broken."""
+    named = config or env.get(ENV_CONFIG)
+    paths = [named] if named else [os.path.join(_user_directory("config", env), "config.toml"), SYSTEM_FILE]
+    # Without a home the user's directories are relative: each place would have its own.
+    return [read_file(path) for path in paths if named or os.path.isabs(path)]
+
+
+class Key(NamedTuple):
+    """The API key, None where there is none; where it comes from; and why it can't be used, empty where it can."""
+
+    key: str | None
+    source: str
+    problem: str = ""
+
+
 def read_key(settings: Settings, env: Mapping[str, str]) -> str | None:
-    """Return the API key as it is now, None where there is none; raises ConfigError for one that can't be read.
+    """Return the API key as it is now, None where there is none; raises ConfigError for one that can't be read."""
+    found = find_key(settings, env)
+    if found.problem:
+        raise ConfigError([found.problem])
+    return found.key
+
+
+def find_key(settings: Settings, env: Mapping[str, str]) -> Key:
+    """Look for the API key.
 
     VERSIONER_API_KEY, else $CREDENTIALS_DIRECTORY/api_key, else api_key_file, else api_key of a private file.
     """
     key = env.get("VERSIONER_API_KEY", "").strip()
     source = "VERSIONER_API_KEY"
-    if not key and env.get("CREDENTIALS_DIRECTORY"):
-        source = os.path.join(env["CREDENTIALS_DIRECTORY"], "api_key")
-        key = _read_key_file(source, missing_is_error=False)
-    if not key and settings.api_key_file:
-        source = settings.api_key_file
-        key = _read_key_file(source, missing_is_error=True)
+    try:
+        if not key and env.get("CREDENTIALS_DIRECTORY"):
+            source = os.path.join(env["CREDENTIALS_DIRECTORY"], "api_key")
+            key = _read_key_file(source, missing_is_error=False)
+        if not key and settings.api_key_file:
+            source = settings.api_key_file
+            key = _read_key_file(source, missing_is_error=True)
+    except ConfigError as exc:
+        return Key(None, source, exc.problems[0])
     if not key:
         source = settings.sources["api_key"]
         key = settings.api_key or ""
     if not key:
-        return None
+        return Key(None, source)
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError([f"the API key in {source} holds characters that no key has"])
-    return key
+        return Key(None, source, f"the API key in {source} holds characters that no key has")
+    return Key(key, source)
 
 
-def _find(option: Option, flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> tuple[Any, str]:
+def _resolved(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> tuple[Settings, list[Problem]]:
+    problems = [file.problem for file in files if file.problem]
+    problems += [problem for file in files for problem in _unknown_keys(file)]
+    settings = Settings({}, {})
+    bad = set()
+    for option in OPTIONS:
+        value, source, file = _find(option, flags, env, files)
+        if source != "default":
+            try:
+                value = option.parse(value)
+            except ValueError as exc:
+                problems.append(_problem(option.key, str(exc), source, file))
+                bad.add(option.key)
+        settings.values[option.key], settings.sources[option.key] = value, source
+    if settings.is_explicit("api_url") and "api_url" not in bad:
+        from versioner_agent.urls import url_problem  # noqa: PLC0415  # 3 ms, only for who names an API
+
+        # What can't be read might have allowed it.
+        is_allowed = settings.allow_insecure_http or "allow_insecure_http" in bad or not _is_complete(files)
+        if words := url_problem(settings.api_url, insecure=is_allowed):
+            _, source, file = _find(BY_KEY["api_url"], flags, env, files)
+            problems.append(_problem("api_url", words, source, file))
+    order = {file.name: place for place, file in enumerate(files)}
+    problems.sort(key=lambda problem: (order.get(problem.file, len(files)), problem.line or 0))
+    return settings, problems
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raise ConfigError if there are any problems."""
+    if problems:
+        hint = next((problem.hint for problem in problems if problem.hint), None)
+        raise ConfigError([str(problem) for problem in problems], hint)
+
+
+def _is_complete(files: list[File]) -> bool:
+    return all(file.state != "unusable" for file in files)
+
+
+def _find(
+    option: Option, flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]
+) -> tuple[Any, str, File | None]:
     if flags.get(option.key) is not None:
-        return flags[option.key], option.flag
+        return flags[option.key], option.flag, None
     if env.get(option.env):
-        return env[option.env], option.env
+        return env[option.env], option.env, None
     for file in files:
         if option.key in file.content:
-            return file.content[option.key], file.name
-    return option.default, "default"
+            return file.content[option.key], file.name, file
+    return option.default, "default", None
 
 
-def _checked_url(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
-    if sources["api_url"] == "default":
-        return []
-    from versioner_agent.urls import url_problem  # noqa: PLC0415  # 3 ms, only for who names an API
-
-    problem = url_problem(values["api_url"], insecure=values["allow_insecure_http"])
-    return [f"api_url ({sources['api_url']}): {problem}"] if problem else []
+def _problem(key: str, words: str, source: str, file: File | None) -> Problem:
+    if file is None:
+        return Problem(f"{key} ({source}): {words}")
+    return Problem(f"{key}: {words}", file.name, file.line_of(key))
 
 
-def _unknown_keys(file: File) -> list[str]:
-    problems = []
+def _unknown_keys(file: File) -> list[Problem]:
+    problems: list[Problem] = []
     for key in file.content:
         if key not in BY_KEY:
             from versioner_agent.events import nearest  # noqa: PLC0415  # only for mistyped keys
 
-            close = nearest(key, BY_KEY)
-            problems.append(f"{file.name}: unknown key {key!r}" + (f"; did you mean {close!r}?" if close else ""))
+            shown = key if len(key) <= MAX_SHOWN else key[:MAX_SHOWN] + "…"
+            # Looking for near names is slow: a file of something else altogether has thousands of keys.
+            close = nearest(key, BY_KEY) if len(problems) < MAX_PROBLEMS_SHOWN else None
+            words = f"unknown key {shown!r}" + (f"; did you mean {close!r}?" if close else "")
+            problems.append(Problem(words, file.name, file.line_of(key)))
     return problems
-
-
-def _read(path: str) -> File | None:
-    try:
-        data, mode = _contents(path, MAX_FILE_BYTES)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise ConfigError([f"can't read {path}: {exc.strerror}"]) from exc
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError([f"{path}: over {MAX_FILE_BYTES} bytes, which is no configuration file"])
-    if not data.strip():
-        return File(path, {})
-    import tomllib  # 3 ms, only where there is a file
-
-    try:
-        content = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ConfigError([f"{path}: not valid TOML: {exc}"]) from exc
-    if "api_key" in content and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(
-            [f"{path}: holds api_key but others can read the file"],
-            f"chmod 600 {path}, or put the key into a file of its own named by api_key_file",
-        )
-    return File(path, content)
 
 
 def _read_key_file(path: str, *, missing_is_error: bool) -> str:
     try:
-        content, _ = _contents(path, MAX_KEY_BYTES)
+        content, _ = contents(path, MAX_KEY_BYTES)
     except FileNotFoundError as exc:
         if not missing_is_error:
             return ""
@@ -282,22 +314,6 @@ def _read_key_file(path: str, *, missing_is_error: bool) -> str:
     if len(content) > MAX_KEY_BYTES:
         raise ConfigError([f"{path}: over {MAX_KEY_BYTES} bytes, which is no API key"])
     return content.decode("utf-8", "replace").strip()
-
-
-def _contents(path: str, most: int) -> tuple[bytes, int]:
-    """Return the content, of which at most one byte more than *most*, and the mode of a file; raises OSError.
-
-    A pipe is refused: its writer may never come, which must not hold up a build, or the agent.
-    """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISFIFO(mode):
-            raise OSError(errno.ESPIPE, "it is a pipe, not a file")
-        with open(fd, "rb", closefd=False) as file:  # refuses a directory, and leaves its descriptor open
-            return file.read(most + 1), mode
-    finally:
-        os.close(fd)
 
 
 def _user_directory(purpose: str, env: Mapping[str, str]) -> str:

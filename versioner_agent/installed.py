@@ -12,7 +12,7 @@ import versioner_agent
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({"__main__", "cli", "demo", "doctor", "flush", "loopback", "sandbox", "service"})
 #: What the standard library and ours load when they are first needed.
-_LATER = ("difflib", "encodings.idna", "grp", "tomllib", "unicodedata", "zoneinfo")
+_LATER = ("difflib", "encodings.idna", "encodings.utf_8_sig", "grp", "pwd", "tomllib", "unicodedata", "zoneinfo")
 
 
 def load_all() -> None:

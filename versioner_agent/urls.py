@@ -70,6 +70,16 @@ def place_of(proxy: str) -> str:
     return urlsplit(proxy).netloc.rpartition("@")[2]
 
 
+def without_password(proxy: str) -> str:
+    """Return a proxy URL with `***` for its password, even where characters in it make it no URL."""
+    scheme, separator, rest = proxy.partition("://")
+    if scheme.lower() not in ("http", "https"):
+        scheme, separator, rest = "", "", proxy
+    user, at, place = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{separator}{name}:***@{place}" if at and colon else proxy
+
+
 def _first(env: Mapping[str, str], *names: str) -> str | None:
     found = (env.get(spelling) for name in names for spelling in (name, name.upper()))
     return next((value for value in found if value), None)

@@ -106,8 +106,8 @@ def test_bad_configuration_exits_3_and_names_its_source(host_for, command):
     done = host.run(*command)
 
     assert done.returncode == 3
-    assert b"did you mean 'concurrency'" in done.stderr
-    assert f"timeout ({host.config})".encode() in done.stderr
+    assert f"{host.config}:1: unknown key 'concurency'; did you mean 'concurrency'?\n".encode() in done.stderr
+    assert f"{host.config}:2: timeout: must be a number from 0.1 to 600\n".encode() in done.stderr
     assert b"Traceback" not in done.stderr
 
 

@@ -17,7 +17,7 @@ KEYS = {
     "held": None,
     "damage": None,
     "destination": ["url", "account", "state", "reason", "since", "next_attempt_at"],
-    "agent": ["running", "pid"],
+    "agent": ["running", "pid", "key"],
 }
 
 
@@ -36,7 +36,10 @@ def test_status_of_an_outbox_that_was_never_made(cli, db):
     assert_documented(status)
     assert status["outbox"] == {"path": str(db), "bytes": 0}
     assert status["counts"] == dict.fromkeys(KEYS["counts"], 0)
-    assert (status["destination"]["state"], status["agent"]) == ("unknown", {"running": False, "pid": None})
+    assert (status["destination"]["state"], status["agent"]) == (
+        "unknown",
+        {"running": False, "pid": None, "key": None},
+    )
     assert not db.exists()
     assert cli("status").code == 0
 
@@ -69,7 +72,7 @@ def test_status_beside_an_agent_tells_its_pid_the_failure_and_what_is_held(host_
     (status,) = host.json("status")
 
     assert_documented(status)
-    assert status["agent"] == {"running": True, "pid": agent.pid}
+    assert status["agent"] == {"running": True, "pid": agent.pid, "key": "sk_acme_k1_…"}
     assert list(status["last_failure"]) == ["id", "product_name", "version", "reason", "detail"]
     assert (status["last_failure"]["product_name"], status["last_failure"]["reason"]) == ("bad", "invalid")
     assert [list(held) for held in status["held"]] == [["product_name", "id", "since", "reason"]]
@@ -110,7 +113,7 @@ def test_status_after_a_kill_does_not_claim_an_agent(host_for, serve):
     agent.kill()
     agent.wait(30)
 
-    assert host.json("status")[0]["agent"] == {"running": False, "pid": None}
+    assert host.json("status")[0]["agent"] == {"running": False, "pid": None, "key": None}
 
 
 @pytest.mark.parametrize("content", ["my diary", "x" * 100_000])

@@ -94,7 +94,7 @@ def test_all_files_removed_under_an_agent_are_made_again_and_it_delivers_on(host
 
     eventually(lambda: "again" in arrived(server))
     assert agent.poll() is None
-    assert host.json("status")[0]["agent"] == {"running": True, "pid": agent.pid}
+    assert host.json("status")[0]["agent"] == {"running": True, "pid": agent.pid, "key": "sk_acme_k1_…"}
 
 
 # --- write-ahead logging

@@ -9,7 +9,8 @@ import platformdirs
 import pytest
 
 from versioner_agent import config
-from versioner_agent.config import MAX_KEY_BYTES, File, load, read_key, resolve
+from versioner_agent.config import MAX_KEY_BYTES, check, find_key, load, read_files, read_key, resolve
+from versioner_agent.configfile import MAX_FILE_BYTES, File, file_of, read_file
 from versioner_agent.errors import ConfigError
 
 USER = "/home/me/config.toml"
@@ -113,7 +114,7 @@ def test_all_bad_values_are_reported_at_once():
 
     assert len(found) == 7
     for part in (
-        f"{USER}: unknown key 'cocurrency'; did you mean 'concurrency'?", f"timeout ({USER})", f"log_level ({SYSTEM})",
+        f"{USER}: unknown key 'cocurrency'; did you mean 'concurrency'?", f"{USER}: timeout: must", f"{SYSTEM}: log_level: must",
         "allow_insecure_http", "concurrency (--concurrency)", "max_backoff (VERSIONER_AGENT_MAX_BACKOFF)", "log_format",
     ):  # fmt: skip
         assert any(part in problem for problem in found)
@@ -138,7 +139,7 @@ def test_unknown_key_without_a_near_name():
 def test_bad_value_is_refused(key, value):
     (problem,) = problems_of(resolve, {}, {}, [File(USER, {key: value})])
 
-    assert problem.startswith(f"{key} ({USER}): must ")
+    assert problem.startswith(f"{USER}: {key}: must ")
 
 
 @pytest.mark.parametrize(
@@ -268,24 +269,41 @@ def test_link_to_itself_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"timeout", b"timeout = 5\ntimeout = 6", b"\xff", b"x = " + b"[" * 100_000],
-    ids=lambda data: repr(data[:15]),
+    ("data", "problem"),
+    [
+        (b"timeout", ":1: not valid TOML: Expected '=' after a key in a key/value pair (column 8)"),
+        (b"# one\ntimeout = ", ":2: not valid TOML: Invalid value (column 11)"),
+        (b"timeout = 5\r\n\r\ntimeout = 6", ":3: not valid TOML: 'timeout' is set twice, first in line 1"),
+        (b"timeout = 5\n[timeout]", ":2: not valid TOML: 'timeout' is set twice, first in line 1"),
+        (b"db = [\n1,\n]\ndb = [\n2,\n]\n", ":4: not valid TOML: 'db' is set twice, first in line 1"),
+        (b"[a]\n[a.b]\nx = 1\nx = 2\n", ":4: not valid TOML: Cannot overwrite a value (column 6)"),
+        (b"a = 1\n\xff", ":2: not valid TOML: byte 0xff is not UTF-8"),
+        (b"\xef\xbb\xbfa = 1\n\n\xfe", ":3: not valid TOML: byte 0xfe is not UTF-8"),
+        (b"x = " + b"[" * 100_000, ": not valid TOML: nested too deeply"),
+        (b"x = " + b"9" * 5_000, ": not valid TOML: a number has thousands of digits"),
+        (b"x = 1\n" + b"a." * 100_000 + b"a = 1", ":2: not valid TOML: a key of over 200 parts"),
+        (b'x = 1\n["a"' + b' . "a"' * 100_000 + b"]", ":2: not valid TOML: a key of over 200 parts"),
+        (b'x = """\ny = 1\n', ": not valid TOML: Unterminated string (at end of document)"),
+        (b"\0" * 100, ":1: not valid TOML: Invalid statement (column 1)"),
+    ],
+    ids=lambda value: repr(value[:15]),
 )
-def test_broken_file_is_an_error(data, tmp_path):
+def test_broken_file_is_an_error_in_its_line(data, problem, tmp_path):
     path = tmp_path / "c.toml"
     path.write_bytes(data)
 
-    assert "not valid TOML" in problems_of(load, {}, {}, str(path))[0]
+    assert problems_of(load, {}, {}, str(path)) == [f"{path}{problem}"]
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o640, 0o602, 0o644, 0o610])
 def test_key_in_a_file_that_others_reach_is_refused(mode, tmp_path):
-    path = write(tmp_path / "c.toml", 'api_key = "sk_acme_k1_s3cret"', mode)
-    (problem,) = problems_of(load, {}, {}, path)
+    path = write(tmp_path / "c.toml", '# mine\napi_key = "sk_acme_k1_s3cret"', mode)
 
-    assert path in problem
-    assert "s3cret" not in problem
+    with pytest.raises(ConfigError) as caught:
+        load({}, {}, path)
+
+    assert caught.value.problems == [f"{path}:2: holds api_key but others can read the file"]
+    assert caught.value.hint.startswith(f"chmod 600 {path}, or ")
 
 
 def test_key_in_a_private_file_is_read(tmp_path):
@@ -373,6 +391,7 @@ def test_without_a_home_there_must_be_an_outbox_named(monkeypatch, home):
     assert "no home directory" in problem
     assert problems_of(load, {}, {"HOME": ""}) == [problem]
     assert load({"db": "/named/outbox.db"}, {}).db == "/named/outbox.db"
+    assert [file.name for file in read_files({})] == [SYSTEM]
 
 
 def test_a_key_file_that_is_too_long_is_refused_and_not_cut(tmp_path):
@@ -408,3 +427,167 @@ def test_a_pipe_is_refused_at_once(tmp_path, kind):
 
 def test_a_file_without_end_is_no_configuration():
     assert "which is no configuration file" in problems_of(load, {}, {}, "/dev/zero")[0]
+
+
+def test_a_terminal_is_no_configuration():
+    """Nobody may be typing."""
+    leader, follower = os.openpty()
+    try:
+        assert read_file(os.ttyname(follower)).problem.words.endswith("it is a terminal, not a file")
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
+# --- the problems of all layers, each in its line
+
+
+def test_problems_of_both_files_the_environment_and_flags_come_together(no_system_file, tmp_path):
+    """A file that can't be used does not hide what is wrong elsewhere."""
+    user = write(tmp_path / "xdg-config" / "versioner-agent" / "config.toml", "timeout = 5\n\nlog_level = loud\n")
+    system = write(no_system_file, "\ntimeout = 0\nconcurency = 1\n")
+    env = {**os.environ, "VERSIONER_AGENT_CONCURRENCY": "many"}
+
+    assert problems_of(load, {"max_backoff": "x"}, env) == [
+        f"{user}:3: not valid TOML: Invalid value (column 13)",
+        f"{system}:2: timeout: must be a number from 0.1 to 600",
+        f"{system}:3: unknown key 'concurency'; did you mean 'concurrency'?",
+        "concurrency (VERSIONER_AGENT_CONCURRENCY): must be a whole number from 1 to 64",
+        "max_backoff (--max-backoff): must be a number from 0.1 to 3600",
+    ]
+
+
+def test_a_user_file_that_cannot_be_read_does_not_hide_the_system_file(no_system_file, tmp_path):
+    (tmp_path / "xdg-config" / "versioner-agent" / "config.toml").mkdir(parents=True)
+    write(no_system_file, "zzzzzz = 1")
+
+    found = problems_of(load, {}, os.environ)
+
+    assert f"{no_system_file}:1: unknown key 'zzzzzz'" in found
+    assert any("can't read" in problem for problem in found)
+
+
+def test_a_key_that_others_can_read_does_not_hide_other_problems(tmp_path):
+    path = write(tmp_path / "c.toml", 'timeout = 0\napi_key = "sk_a_k_x"\nzzzzzz = 1\n', 0o644)
+
+    assert [problem.split(": ")[0] for problem in problems_of(load, {}, {}, path)] == [
+        f"{path}:{line}" for line in (1, 2, 3)
+    ]
+
+
+def test_url_is_checked_beside_other_problems():
+    files = [file_of(USER, b'timeout = 0\napi_url = "http://api.internal"\n')]
+
+    assert [problem.partition(": ")[0] for problem in problems_of(resolve, {}, {}, files)] == [f"{USER}:1", f"{USER}:2"]
+
+
+@pytest.mark.parametrize(
+    "text", ['allow_insecure_http = "maybe"', "allow_insecure_http = 0", "allow_insecure_http = tru"]
+)
+def test_plain_http_is_not_blamed_where_what_allows_it_cannot_be_read(text):
+    (problem,) = problems_of(resolve, {}, {"VERSIONER_API_URL": "http://api.internal"}, [file_of(USER, text.encode())])
+
+    assert "plain http" not in problem
+
+
+def test_without_a_home_a_broken_file_is_told_alone(monkeypatch, tmp_path):
+    """It may name the outbox."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+    assert len(problems_of(load, {}, {}, write(tmp_path / "c.toml", "db = "))) == 1
+    assert len(problems_of(load, {}, {}, write(tmp_path / "c.toml", "timeout = 0"))) == 2
+
+
+def test_relative_path_without_a_directory_is_a_problem(monkeypatch):
+    def fail():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", fail)
+
+    assert problems_of(resolve, {"db": "outbox.db"}, {}, []) == [
+        "db (--db): must be absolute: the current directory is gone"
+    ]
+
+
+def test_a_long_unknown_key_is_shortened():
+    (problem,) = problems_of(resolve, {}, {}, [file_of(USER, b"k" * 100_000 + b" = 1")])
+
+    assert len(problem) < 200
+
+
+def test_a_long_key_in_a_problem_of_the_parser_is_shortened():
+    key = b"k" * 100_000
+    (problem,) = problems_of(resolve, {}, {}, [file_of(USER, b"[%s]\n[%s]" % (key, key))])
+
+    assert len(problem) < 300
+
+
+def test_thousands_of_unknown_keys_are_told_in_one_pass(monkeypatch):
+    """Each with its line, without reading the file again, and without looking for a near name for each."""
+    from versioner_agent import events, toml_lines
+
+    asked, scans = [], []
+    scan = toml_lines._statements
+    monkeypatch.setattr(events, "nearest", lambda *args: asked.append(args))
+    monkeypatch.setattr(toml_lines, "_statements", lambda text: scans.append(1) or scan(text))
+    text = "".join(f"unknown-{number} = 1\n" for number in range(3_000))
+
+    found = problems_of(resolve, {}, {}, [file_of(USER, text.encode())])
+
+    assert found[-1] == f"{USER}:3000: unknown key 'unknown-2999'"
+    assert (len(found), len(scans)) == (3_000, 1)
+    assert len(asked) < 100
+
+
+def test_check_takes_a_file_alone(monkeypatch, no_system_file):
+    monkeypatch.setenv("VERSIONER_AGENT_TIMEOUT", "x")
+    write(no_system_file, "timeout = ")
+    found = check(file_of("new.toml", b"timeout = 5\nlog_level = 'loud'"))
+
+    assert check(file_of("new.toml", b"timeout = 5\n")) == []
+    assert [(problem.file, problem.line) for problem in found] == [("new.toml", 2)]
+
+
+def test_the_files_looked_for_are_told(no_system_file, tmp_path):
+    user = write(tmp_path / "xdg-config" / "versioner-agent" / "config.toml", "timeout = ")
+
+    assert [(file.name, file.state) for file in read_files(os.environ)] == [
+        (user, "unusable"),
+        (str(no_system_file), "not there"),
+    ]
+    assert [(file.name, file.state) for file in read_files({}, write(tmp_path / "c.toml", ""))] == [
+        (str(tmp_path / "c.toml"), "read")
+    ]
+
+
+def test_the_source_of_the_key_is_told(tmp_path):
+    of_file = tmp_path / "key"
+    of_file.write_text("sk_file")
+    path = write(tmp_path / "c.toml", f'api_key = "sk_config"\napi_key_file = "{of_file}"')
+    write(tmp_path / "credentials" / "api_key", "sk_credential")
+    env = {"VERSIONER_API_KEY": "sk_env", "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+    settings = load({}, {}, path)
+
+    assert find_key(settings, env) == ("sk_env", "VERSIONER_API_KEY", "")
+    assert find_key(settings, env | {"VERSIONER_API_KEY": ""}).source == str(tmp_path / "credentials" / "api_key")
+    assert find_key(settings, {}) == ("sk_file", str(of_file), "")
+    of_file.write_text("")
+    assert find_key(settings, {}) == ("sk_config", path, "")
+    of_file.unlink()
+    assert find_key(settings, {}) == (None, str(of_file), f"api_key_file: {of_file} does not exist")
+    assert find_key(resolve({}, {}, []), {}) == (None, "default", "")
+
+
+def test_a_file_at_the_limit_is_read_and_one_over_it_is_not():
+    at_limit = b"timeout = 5".ljust(MAX_FILE_BYTES)
+
+    assert check(file_of(USER, at_limit)) == []
+    assert [str(problem) for problem in check(file_of(USER, at_limit + b" "))] == [
+        f"{USER}: over {MAX_FILE_BYTES} bytes, which is no configuration file"
+    ]
+
+
+def test_a_byte_order_mark_is_no_problem():
+    (problem,) = check(file_of(USER, b"\xef\xbb\xbftimeout = 5\r\nzzzzzz = 1\r\n"))
+
+    assert str(problem) == f"{USER}:2: unknown key 'zzzzzz'"

@@ -115,3 +115,23 @@ def test_exception_with_a_port_covers_that_port():
 )
 def test_place_of_a_proxy_has_no_password(proxy, place):
     assert urls.place_of(proxy) == place
+
+
+@pytest.mark.parametrize(
+    ("proxy", "shown"),
+    [
+        ("http://proxy:3128", "http://proxy:3128"),
+        ("proxy:3128", "proxy:3128"),
+        ("http://me@proxy:3128", "http://me@proxy:3128"),
+        ("http://me:pw@proxy:3128", "http://me:***@proxy:3128"),
+        ("HTTPS://me:pw@proxy", "HTTPS://me:***@proxy"),
+        ("me:pw@proxy:3128", "me:***@proxy:3128"),
+        ("http://me:p/w#?p@w@proxy:3128", "http://me:***@proxy:3128"),
+        ("http://me:pw://pw@proxy", "http://me:***@proxy"),
+        ("me:pw://pw@proxy", "me:***@proxy"),
+        ("http://me:@proxy", "http://me:***@proxy"),
+        ("http://:pw@[::1]:3128", "http://:***@[::1]:3128"),
+    ],
+)
+def test_the_password_of_a_proxy_is_not_shown(proxy, shown):
+    assert urls.without_password(proxy) == shown

@@ -44,11 +44,15 @@ DELIVERY_KEYS = tuple(option.key for option in config.OPTIONS if option.flag and
 
 def load_settings(options: dict[str, Any]) -> Settings:
     """Resolve settings from a command's keyword arguments; with --verbose, say where the outbox comes from."""
-    flags = {key: options[key] for key in config.BY_KEY if options.get(key) is not None}
-    settings = config.load(flags, os.environ, options.get("config"))
+    settings = config.load(given_flags(options), os.environ, options.get("config"))
     if options.get("verbose"):
         click.echo(printable(f"outbox {settings.db} (from {settings.sources['db']})"), err=True)
     return settings
+
+
+def given_flags(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings among a command's keyword arguments."""
+    return {key: options[key] for key in config.BY_KEY if options.get(key) is not None}
 
 
 def echo_json(value: Any) -> None:

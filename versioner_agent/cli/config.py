@@ -1,0 +1,148 @@
+"""`config`: every setting, its value and where it comes from; and the check of a file before it is put in place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from versioner_agent import config as configuration
+from versioner_agent.cli._common import (
+    DELIVERY_KEYS,
+    echo,
+    echo_json,
+    given_flags,
+    json_option,
+    settings_options,
+    table,
+)
+from versioner_agent.errors import ConfigError, UsageError
+from versioner_agent.text import key_public_part, mask_keys, printable
+from versioner_agent.urls import proxy_for, without_password
+
+if TYPE_CHECKING:
+    from versioner_agent.config import Key, Settings
+    from versioner_agent.configfile import File
+
+
+class Row(NamedTuple):
+    """A setting as it is shown: a secret's value is masked already."""
+
+    key: str
+    value: str | float | bool | None
+    source: str
+    line: int | None
+
+
+@click.command()
+@click.option(
+    "--check", "checked", metavar="FILE", help="Only say what is wrong with this file, taken alone; - reads stdin."
+)
+@settings_options(*DELIVERY_KEYS)
+@json_option
+def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) -> int:
+    """Show every setting, its value and its source, as `run` would take them with the same options.
+
+    Exits 3 with all problems where there are any. Of the API key only the part that is no secret is shown, and of a
+    proxy's URL no password.
+
+    \b
+    versioner-agent config
+    versioner-agent config --check /etc/versioner-agent/config.toml
+    """
+    if checked is not None:
+        if any(value is not None for value in options.values()):
+            raise UsageError("--check looks at one file alone: leave out --config and the settings")
+        return _check(checked, as_json=as_json)
+    files = configuration.read_files(os.environ, options["config"])
+    if verbose or not as_json:
+        for line in _looked_for(files, options["config"]):
+            click.echo(printable(line), err=True)
+    settings = configuration.load_from(given_flags(options), os.environ, files)
+    key = configuration.find_key(settings, os.environ)
+    rows = _rows(settings, key, {file.name: file for file in files})
+    if as_json:
+        for row in rows:
+            echo_json(row._asdict())
+    else:
+        for line in table([_cells(row) for row in rows], ("key", "value", "source")):
+            echo(line)
+    for note in _notes(settings, key):
+        click.echo(mask_keys(printable(f"note: {note}")), err=True)
+    return 0
+
+
+def _check(name: str, *, as_json: bool) -> int:
+    file = _checked_file(name)
+    problems = configuration.check(file)
+    if as_json:
+        shown = [{"line": problem.line, "problem": mask_keys(problem.words)} for problem in problems]
+        echo_json({"file": file.name, "ok": not problems, "problems": shown})
+        return ConfigError.exit_code if problems else 0
+    configuration.refuse(problems)
+    echo(f"{printable(file.name)}: ok")
+    return 0
+
+
+def _checked_file(name: str) -> File:
+    from versioner_agent import configfile  # noqa: PLC0415
+
+    if name == "-":
+        return configfile.file_of("<stdin>", sys.stdin.buffer.read(configfile.MAX_FILE_BYTES + 1))
+    file = configfile.read_file(name)
+    if file.state != "not there":
+        return file
+    return file._replace(problem=configfile.Problem(f"can't read {name}: there is no such file"))
+
+
+def _looked_for(files: list[File], flag: str | None) -> list[str]:
+    """Say which files were looked for, and who named them: a slip in that name makes a missing file, no error."""
+    named = "--config" if flag else configuration.ENV_CONFIG if os.environ.get(configuration.ENV_CONFIG) else ""
+    by = f" (named by {named}; no other is looked for)" if named else ""
+    return [f"file {file.name}{by}: {file.state}" for file in files]
+
+
+def _rows(settings: Settings, key: Key, files: dict[str, File]) -> list[Row]:
+    rows = []
+    for option in configuration.OPTIONS:
+        value, source = settings.values[option.key], settings.sources[option.key]
+        if option.is_secret:
+            source = key.source
+        file = files.get(source)
+        line = file.line_of(option.key) if file else None
+        rows.append(Row(option.key, _shown(option.key, value, key), mask_keys(source), line))
+    return rows
+
+
+def _shown(name: str, value: Any, key: Key) -> Any:
+    if configuration.BY_KEY[name].is_secret:
+        return key_public_part(key.key) if key.key else None
+    if not isinstance(value, str):
+        return value
+    # A key that was put where a file's name belongs is a secret all the same.
+    return mask_keys(without_password(value) if name == "proxy" else value)
+
+
+def _cells(row: Row) -> tuple[str, str, str]:
+    value = row.value
+    if value is None:
+        text = "-"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    else:
+        text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    source = f"{row.source}:{row.line}" if row.line else row.source
+    return row.key, printable(text), printable(source)
+
+
+def _notes(settings: Settings, key: Key) -> list[str]:
+    """Say what is no fault of the settings, but decides whether anything is delivered."""
+    notes = []
+    if key.problem:
+        notes.append(f"no API key: {key.problem}")
+    proxy = proxy_for(settings.api_url, (settings.proxy, settings.no_proxy), os.environ)
+    if proxy and not settings.proxy:
+        notes.append(f"the environment's proxy is used: {without_password(proxy)}")
+    return notes
