@@ -180,12 +180,12 @@ def load(flags: Mapping[str, Any], env: Mapping[str, str], config: str | None = 
     Raises ConfigError.
     """
     named = config or env.get(ENV_CONFIG)
-    paths = [named] if named else [os.path.join(_user_directory("config", env), "config.toml"), SYSTEM_FILE]
+    paths = [named] if named else [os.path.join(user_directory("config", env), "config.toml"), SYSTEM_FILE]
     # Without a home the user's directories are relative: each place would have its own.
     found = [_read(path) for path in paths if named or os.path.isabs(path)]
     settings = resolve(flags, env, [file for file in found if file is not None])
     if settings.values["db"] is None:
-        settings.values["db"] = os.path.join(_user_directory("state", env), "outbox.db")
+        settings.values["db"] = os.path.join(user_directory("state", env), "outbox.db")
         if not os.path.isabs(settings.db):
             raise ConfigError(["there is no home directory to keep the outbox in"], "set HOME, or name it with --db")
     return settings
@@ -300,7 +300,7 @@ def _contents(path: str, most: int) -> tuple[bytes, int]:
         os.close(fd)
 
 
-def _user_directory(purpose: str, env: Mapping[str, str]) -> str:
+def user_directory(purpose: str, env: Mapping[str, str]) -> str:
     """Return the user's directory for `config` or `state`, as platformdirs names it.
 
     On Linux that is the XDG Base Directory Specification, read here: importing platformdirs would take a tenth of the
