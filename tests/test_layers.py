@@ -24,6 +24,7 @@ ALLOWED = {
     "integrity": set(),
     "records": {"events", "integrity"},
     "pages": set(),
+    "units": set(),
     # Level 1, one outside thing each.
     "config": {"errors", "events", "urls"},
     "files": set(),
@@ -48,6 +49,11 @@ ALLOWED = {
     "delivery": {"errors", "network", "outcomes", "text", "tls", "urls"},
     "logs": {"text"},
     "loopback": set(),
+    "shipped": set(),
+    "machine": {"errors"},
+    "steps": {"creation", "errors"},
+    "layout": {"config", "shipped", "units"},
+    "program": {"errors", "units"},
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
     "reports": {"ledger", "outbox", "outcomes", "settling", "text"},
@@ -59,6 +65,11 @@ ALLOWED = {
         "binding", "config", "creation", "delivery", "errors", "flusher", "ledger", "locks", "records", "review", "storage", "text",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
+    "service": {"config", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
+    "service_key": {
+        "binding", "config", "errors", "files", "outbox", "outcomes", "review", "service", "shipped", "steps", "storage", "text",
+    },
+    "removal": {"errors", "locks", "review", "service", "service_key", "shipped", "steps", "storage"},
     "sandbox": {"events", "loopback"},
     "demo": {"errors", "outbox", "review", "sandbox"},
 }  # fmt: skip
@@ -77,6 +88,7 @@ PURE = (
     "integrity",
     "schema",
     "pages",
+    "units",
 )
 
 

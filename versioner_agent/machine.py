@@ -33,7 +33,8 @@ class Machine(NamedTuple):
     has_systemd: bool
     has_selinux: bool = False
     is_user: bool = False  # the systemd of one user
-    root: str = ""  # a directory that stands for /, for packages and images
+    root: str = ""  # a directory that stands for /
+    is_image: bool = False  # what is below *root* runs elsewhere, or later
 
     def at(self, path: str) -> str:
         """Return where the system's *path* is."""
@@ -72,6 +73,7 @@ def this_machine(*, user: bool = False, root: str = "") -> Machine:
         has_selinux=not root and not user and os.path.exists(SELINUX) and _is_on_path("restorecon"),
         is_user=user,
         root=root,
+        is_image=bool(root),
     )
 
 

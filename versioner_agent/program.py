@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-import zipimport
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from versioner_agent.units import SHIPPED_PREFIX, SHIPPED_SCRIPT
 HIDDEN = ("/root", "/home", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # named, not used
 REMEDY = (
     "install it where a service can read it: /usr/bin/python3 -m venv /opt/versioner-agent && "
-    "/opt/versioner-agent/bin/pip install versioner-agent, then /opt/versioner-agent/bin/versioner-agent service install"
+    "/opt/versioner-agent/bin/pip install versioner-agent, then use its bin/versioner-agent"
 )
 
 
@@ -55,10 +54,10 @@ class Program(NamedTuple):
 
 def found() -> Program:
     """Return the program that is running."""
-    loader = versioner_agent.__spec__.loader if versioner_agent.__spec__ else None
+    archive = getattr(versioner_agent.__spec__.loader, "archive", None)  # zipimport's
     bases = _distinct(sys.prefix, sys.base_prefix)
-    if isinstance(loader, zipimport.zipimporter):
-        archive = os.path.abspath(loader.archive)
+    if archive is not None:
+        archive = os.path.abspath(archive)
         interpreter = os.path.abspath(sys.executable)
         return Program((interpreter, archive), archive, _distinct(*bases, archive), archive)
     script = os.path.join(sysconfig.get_path("scripts"), "versioner-agent")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from versioner_agent import shipped, units
+from versioner_agent import config, shipped, units
 from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.layout import Layout
 from versioner_agent.machine import Machine
@@ -21,6 +21,7 @@ from versioner_agent.text import key_public_part
 
 ACTIVE_S = 90.0  # what a start may take: the unit's own limit is 60 s
 POLL_S = 0.2
+ACCOUNT = "versioner-agent"  # of sysusers.d
 _PROPERTIES = ("ActiveState", "StatusText", "InvocationID", "ExecMainStartTimestampMonotonic")
 
 
@@ -39,13 +40,15 @@ def install(site: Site, work: Work, *, key: str | None = None, now: bool = False
     """
     _check_not_masked(site)
     before = work.changed
-    linked_to = _command_of_installed(site)
+    linked_to = installed_command(site)
     are_units_new = _write_units(site, work)
     _add_account(site, work)
     _make_directories(site, work)
     _write_configuration(site, work)
     if key is not None:
-        work.write(site.machine.at(site.layout.key), f"{key}\n".encode(), 0o600, action="key", detail=key_public_part(key))
+        work.write(
+            site.machine.at(site.layout.key), f"{key}\n".encode(), 0o600, action="key", detail=key_public_part(key)
+        )
     _link_command(site, work, linked_to)
     are_units_new |= _enable(site, work)
     _label(site, work, needed=work.changed != before)
@@ -54,7 +57,9 @@ def install(site: Site, work: Work, *, key: str | None = None, now: bool = False
             work.step("reload", "systemd", are_units_new, lambda: site.machine.must_systemctl("daemon-reload"))
         if now:
             _bring_up(site, work, are_units_new=are_units_new)
-    elif not site.machine.root:
+        elif are_units_new and not work.dry_run and _is_running(site.machine):
+            work.warn("the service that runs is still the old one: repeat this with --now")
+    elif not site.machine.is_image:
         work.warn("systemd is not running here: the service is enabled, and starts when it is")
     _check_configuration(site, work)
 
@@ -87,35 +92,27 @@ def _write_units(site: Site, work: Work) -> bool:
 
 def _add_account(site: Site, work: Work) -> None:
     machine = site.machine
-    if site.layout.sysusers is None or machine.root:
+    if site.layout.sysusers is None or machine.is_image:
         return  # an image's first boot makes the account
-    for name in sorted({entry.user for entry in _declared(site)}):
-        is_missing = machine.account(name, name) is None
-        work.step("account", name, is_missing, lambda: machine.must("systemd-sysusers", site.layout.sysusers or ""))
+    is_missing = machine.account(ACCOUNT, ACCOUNT) is None
+    declared = machine.at(site.layout.sysusers)
+    work.step("account", f"account {ACCOUNT}", is_missing, lambda: machine.must("systemd-sysusers", declared))
 
 
 def _declared(site: Site) -> list[units.Directory]:
     """Return the directories to make, parents first."""
     if site.layout.tmpfiles is not None:
         return units.directories(shipped.read(shipped.TMPFILES))
-    return [units.Directory(path, 0o700, "", "") for path in _private_directories(site.layout)]
-
-
-def _private_directories(layout: Layout) -> list[str]:
-    credentials = os.path.dirname(layout.key)
-    return [os.path.dirname(credentials), credentials]
+    return [units.Directory(os.path.dirname(site.layout.key), 0o700, "", "")]
 
 
 def _make_directories(site: Site, work: Work) -> None:
     machine = site.machine
     for entry in _declared(site):
         path = machine.at(entry.path)
-        if not entry.user:
-            if not os.path.isdir(path) or entry.path == os.path.dirname(site.layout.key):
-                work.directory(path, entry.mode, None)
-            continue
-        owner = None if machine.root else machine.account(entry.user, entry.group)
-        work.directory(path, entry.mode, owner, f"{entry.mode:04o} {entry.user}:{entry.group}")
+        owner = machine.account(entry.user, entry.group) if entry.user and not machine.is_image else None
+        whose = f" {entry.user}:{entry.group}" if entry.user else ""
+        work.directory(path, entry.mode, owner, f"{entry.mode:04o}{whose}")
 
 
 def _write_configuration(site: Site, work: Work) -> None:
@@ -129,8 +126,8 @@ def _write_configuration(site: Site, work: Work) -> None:
         work.write(path, text.encode(), 0o600 if site.machine.is_user else 0o644)
 
 
-def _command_of_installed(site: Site) -> str | None:
-    """Return what the unit starts that is there now: a link to that is ours."""
+def installed_command(site: Site) -> str | None:
+    """Return what the unit starts that is there now: a link to that is ours; None without one."""
     content = content_of(site.machine.at(os.path.join(site.layout.units, shipped.SERVICE)))
     return units.started(content.decode("utf-8", "replace")) if content else None
 
@@ -138,11 +135,6 @@ def _command_of_installed(site: Site) -> str | None:
 def is_our_link(site: Site, path: str, installed: str | None) -> bool:
     """Tell whether *path* is a link that an installation made."""
     return link_of(path) in {site.program.script, installed} - {None}
-
-
-def installed_command(site: Site) -> str | None:
-    """Return what the installed unit starts; None without one."""
-    return _command_of_installed(site)
 
 
 def _link_command(site: Site, work: Work, installed: str | None) -> None:
@@ -189,6 +181,10 @@ def _bring_up(site: Site, work: Work, *, are_units_new: bool) -> None:
         work.step("start", service, True, lambda: _until_active(machine, "start", before["InvocationID"]))
 
 
+def _is_running(machine: Machine) -> bool:
+    return machine.shown(shipped.SERVICE, "ActiveState")["ActiveState"] in ("active", "activating", "reloading")
+
+
 def _is_newer_than(path: str, monotonic_us: str) -> bool:
     """Tell whether a file was made after a process that started so many microseconds after the boot."""
     if not monotonic_us.isdigit():
@@ -226,24 +222,48 @@ def wait_until_active(
 
 def _check_configuration(site: Site, work: Work) -> None:
     """Warn of a configuration under which commands and service would not meet."""
-    content = content_of(site.machine.at(site.layout.config))
-    if content is None or site.machine.is_user:
+    content = _configured(site.machine.at(site.layout.config), work)
+    if site.machine.is_user:
+        check_key_is_named(site, work)
+        if "db" in _configured(config.SYSTEM_FILE, work) and "db" not in content:
+            work.warn(
+                f"{config.SYSTEM_FILE} names the outbox of this host's service: your commands queue there, and this "
+                f"service delivers only what you queue with --config {site.layout.config}"
+            )
         return
-    import tomllib  # noqa: PLC0415  # only here
-
-    try:
-        db = tomllib.loads(content.decode()).get("db")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        work.warn(f"{site.layout.config} is not valid TOML ({exc}): the service will not start")
-        return
+    db = content.get("db")
     if not isinstance(db, str):
         outbox = os.path.join(site.layout.state, "outbox.db")
-        work.warn(f'{site.layout.config} names no `db`: users would not find the service\'s outbox; add db = "{outbox}"')
-    elif not os.path.abspath(db).startswith(f"{site.layout.state}/") and not _has_drop_in_for(site, os.path.dirname(db)):
+        if os.path.lexists(site.machine.at(site.layout.config)):
+            work.warn(f'{site.layout.config} names no `db`, so users queue elsewhere: add db = "{outbox}"')
+    elif not os.path.abspath(db).startswith(f"{site.layout.state}/") and not _has_drop_in_for(
+        site, os.path.dirname(db)
+    ):
         work.warn(
             f"the outbox {db} is outside {site.layout.state}: the service can write there only with a drop-in "
             f"(systemctl edit versioner-agent) that says ReadWritePaths={os.path.dirname(db)}"
         )
+
+
+def check_key_is_named(site: Site, work: Work) -> None:
+    """Warn of a user's configuration that does not say where the key is."""
+    path = site.machine.at(site.layout.config)
+    if os.path.lexists(path) and _configured(path, work).get("api_key_file") != site.layout.key:
+        work.warn(f'the key is read only where {path} says api_key_file = "{site.layout.key}"')
+
+
+def _configured(path: str, work: Work) -> dict[str, Any]:
+    """Return what a configuration file says; nothing for one that can't be read, of which it warns."""
+    content = content_of(path)
+    if content is None:
+        return {}
+    import tomllib  # only here
+
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        work.warn(f"{path} is not valid TOML ({exc}): the service will not start")
+        return {}
 
 
 def _has_drop_in_for(site: Site, directory: str) -> bool:

@@ -19,7 +19,7 @@ from versioner_agent.errors import AgentError
 WORDS = {
     "write": ("wrote", "would write"),
     "directory": ("made", "would make"),
-    "account": ("added account", "would add account"),
+    "account": ("added", "would add"),
     "key": ("stored key", "would store key"),
     "link": ("linked", "would link"),
     "enable": ("enabled", "would enable"),
@@ -30,7 +30,9 @@ WORDS = {
     "disable": ("disabled", "would disable"),
     "remove": ("removed", "would remove"),
     "label": ("labelled", "would label"),
+    "keep": ("kept", "would keep"),
 }
+_VERBS = {action: would.removeprefix("would ") for action, (_, would) in WORDS.items()}
 
 
 class Step(NamedTuple):
@@ -57,14 +59,14 @@ class Work:
         """Whether any step changed something, or would."""
         return any(step.changed for step in self.steps)
 
-    def step(self, action: str, target: str, needed: bool, act: Callable[[], object], detail: str = "") -> bool:  # noqa: FBT001  # its verdict
+    def step(self, action: str, target: str, needed: bool, act: Callable[[], object], detail: str = "") -> bool:
         """Do *act* if *needed*; returns *needed*. Raises AgentError for what the system refuses."""
         if needed and not self.dry_run:
             try:
                 act()
             except OSError as exc:
-                place = exc.filename or target
-                raise AgentError(f"can't {action} {target}: {place}: {exc.strerror or exc}", _hint(exc)) from exc
+                where = f" ({exc.filename})" if exc.filename not in (None, target) else ""
+                raise AgentError(f"can't {_VERBS[action]} {target}: {exc.strerror or exc}{where}", _hint(exc)) from exc
         step = Step(action, target, needed, detail)
         self.steps.append(step)
         self._on_step(step)
