@@ -69,7 +69,7 @@ ALLOWED = {
     "service_key": {
         "binding", "config", "errors", "files", "outbox", "outcomes", "review", "service", "shipped", "steps", "storage", "text",
     },
-    "removal": {"errors", "locks", "review", "service", "service_key", "shipped", "steps", "storage"},
+    "removal": {"errors", "files", "locks", "review", "service", "service_key", "shipped", "steps", "storage"},
     "sandbox": {"events", "loopback"},
     "demo": {"errors", "outbox", "review", "sandbox"},
 }  # fmt: skip

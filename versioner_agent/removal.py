@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 
 from versioner_agent import review, shipped
 from versioner_agent.errors import ConfigError, OutboxBusy, OutboxError, UsageError
+from versioner_agent.files import size_of
 from versioner_agent.locks import FLUSHER_SUFFIX, QUEUE_SUFFIX, WriteQueue
 from versioner_agent.service import ACCOUNT, Site, installed_command, is_our_link
 from versioner_agent.service_key import settings_of
@@ -20,6 +21,7 @@ from versioner_agent.steps import Work
 from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, OutboxMissing, Store
 
 UNDELIVERED = ("pending", "failed", "exported")
+QUEUE_S = DEFAULT_BUSY_TIMEOUT_S  # seconds to wait for others who write
 _LOCKS = (QUEUE_SUFFIX, FLUSHER_SUFFIX)
 
 
@@ -124,9 +126,11 @@ def _outboxes(site: Site) -> list[str]:
 def _refuse_undelivered(outboxes: list[str]) -> None:
     """Raise UsageError where an outbox holds undelivered events, or can't be read."""
     for path in outboxes:
+        store = Store(path)
         try:
-            with closing(Store(path)) as store:
-                counts = review.stats(store).counts
+            if store.is_remembered() and not size_of(path):
+                raise OutboxError("it is missing or empty")  # opening it would lose its journal
+            counts = review.stats(store).counts
         except OutboxMissing:
             continue
         except OutboxError as exc:
@@ -134,6 +138,8 @@ def _refuse_undelivered(outboxes: list[str]) -> None:
                 f"the outbox {path} may hold undelivered events, it can't be read: {exc.message}; nothing was removed",
                 "look at it with `versioner-agent doctor`; --yes removes it all the same",
             ) from exc
+        finally:
+            store.close()
         if any(counts[state] for state in UNDELIVERED):
             told = ", ".join(f"{counts[state]} {state}" for state in UNDELIVERED)
             raise UsageError(
@@ -169,7 +175,7 @@ def _nobody_queues(outboxes: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for path in outboxes:
             queue = stack.enter_context(closing(WriteQueue(path + QUEUE_SUFFIX)))
-            if not queue.acquire(DEFAULT_BUSY_TIMEOUT_S):
+            if not queue.acquire(QUEUE_S):
                 raise OutboxBusy(f"other writers keep the outbox {path} busy", "try again")
         yield
 

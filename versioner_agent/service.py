@@ -160,8 +160,9 @@ def _label(site: Site, work: Work, *, needed: bool) -> None:
     if not site.machine.has_selinux:
         return
     layout = site.layout
-    written = [*layout.unit_files, *layout.other_files, os.path.dirname(layout.config), layout.state, layout.link]
-    paths = [path for path in (*written, *site.program.beyond_usr) if path is not None and os.path.lexists(path)]
+    written = (*layout.unit_files, *layout.other_files, os.path.dirname(layout.config), layout.state, layout.link or "")
+    ours = [site.machine.at(path) for path in written if path]
+    paths = [path for path in (*ours, *site.program.beyond_usr) if os.path.lexists(path)]
     work.step("label", "SELinux", needed, lambda: site.machine.must("restorecon", "-RF", *paths))
 
 
