@@ -13,6 +13,7 @@ from versioner_agent.service import Site
 from versioner_agent.steps import Work
 
 SCRIPT = "/opt/versioner-agent/bin/versioner-agent"
+EXECUTABLE = "/bin/sh"  # stands for a program that is really there
 
 
 class Pretend:
@@ -34,7 +35,7 @@ class Pretend:
         self.on_stop = lambda: None
         self.about = {"is_root": True, "has_systemd": True, "root": self.root, **about}
         self.layout = layout.SYSTEM
-        self.program = Program((SCRIPT,), SCRIPT, ("/opt/versioner-agent", "/usr"), str(marker))
+        self.program = Program((SCRIPT,), EXECUTABLE, ("/opt/versioner-agent", "/usr"), str(marker))
 
     @property
     def site(self):

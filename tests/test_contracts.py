@@ -128,7 +128,7 @@ def blocks(mark):
 
 def test_readme_has_exactly_two_set_up_commands():
     assert len(blocks("demo")) == len(blocks("tests")) == 1
-    assert README.count("python3 -m venv") == 2
+    assert README.count("python3 -m venv .venv") == 2
 
 
 @pytest.fixture

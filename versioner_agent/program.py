@@ -15,8 +15,8 @@ from versioner_agent.units import SHIPPED_PREFIX, SHIPPED_SCRIPT
 #: What ProtectHome=yes and PrivateTmp=yes of the unit hide.
 HIDDEN = ("/root", "/home", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # named, not used
 REMEDY = (
-    "install it where a service can read it: /usr/bin/python3 -m venv /opt/versioner-agent && "
-    "/opt/versioner-agent/bin/pip install versioner-agent, then use its bin/versioner-agent"
+    "make it a place that a service can read: /usr/bin/python3 -m venv /opt/versioner-agent; "
+    "install it with /opt/versioner-agent/bin/pip (umask 022), and use /opt/versioner-agent/bin/versioner-agent"
 )
 
 
@@ -69,7 +69,7 @@ def check_readable(program: Program, *, interpreter: str | None = None, hidden: 
     """Raise AgentError where the service's account could not run *program* under the unit's hardening."""
     if not os.path.exists(program.script):
         raise AgentError(f"there is no {program.script} to start", REMEDY)
-    for path in _distinct(program.script, *program.places, interpreter or sys.executable):
+    for path in _distinct(program.script, *program.places, program.marker, interpreter or sys.executable):
         real = os.path.realpath(path)
         for place in hidden:
             if f"{real}/".startswith(f"{place}/"):
@@ -77,6 +77,13 @@ def check_readable(program: Program, *, interpreter: str | None = None, hidden: 
         closed = _closed(real)
         if closed:
             raise AgentError(f"the service could not run {real}: its account may not enter or read {closed}", REMEDY)
+    if program.script in program.command[:1] and not can_all_execute(program.script):
+        raise AgentError(f"the service could not run {program.script}: its account may not execute it", REMEDY)
+
+
+def can_all_execute(path: str) -> bool:
+    """Tell whether every account may execute the file *path*, as far as its mode says."""
+    return bool(os.stat(path).st_mode & 0o001)
 
 
 def _closed(path: str) -> str | None:

@@ -84,7 +84,7 @@ def _remove_files(site: Site, work: Work) -> None:
 def _tell_what_stays(site: Site, work: Work, elsewhere: str | None) -> None:
     layout, machine = site.layout, site.machine
     purposes = {layout.state: "the outbox", layout.config: "the configuration", layout.key: "the key"}
-    purposes[os.path.join(layout.units, f"{shipped.SERVICE}.d")] = "drop-ins of this host's"
+    purposes[os.path.join(layout.units, f"{shipped.SERVICE}.d")] = "drop-ins, made by hand"
     if elsewhere:
         purposes[elsewhere] = f"an outbox outside {layout.state}"
     for path, purpose in purposes.items():
@@ -155,11 +155,13 @@ def _purge_state(site: Site, work: Work, *, yes: bool) -> None:
         if os.path.islink(state):
             os.unlink(state)  # what it leads to is not ours to judge
             return
-        outboxes = _outboxes(site)
-        with _nobody_queues(outboxes):
-            if not yes:
+        if yes:
+            _empty(state)  # whoever holds a lock for ever must not keep root from removing it
+        else:
+            outboxes = _outboxes(site)
+            with _nobody_queues(outboxes):
                 _refuse_undelivered(outboxes)
-            _empty(state)
+                _empty(state)
         try:
             os.rmdir(state)
         except OSError as exc:

@@ -15,7 +15,7 @@ from versioner_agent import config, shipped, units
 from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.layout import Layout
 from versioner_agent.machine import Machine
-from versioner_agent.program import Program
+from versioner_agent.program import Program, can_all_execute
 from versioner_agent.steps import Work, content_of, link_of
 from versioner_agent.text import key_public_part
 
@@ -143,6 +143,9 @@ def _link_command(site: Site, work: Work, installed: str | None) -> None:
     path = site.machine.at(site.layout.link)
     if os.path.lexists(path) and not is_our_link(site, path, installed):
         work.warn(f"{path} is somebody else's and stays: users call {site.program.script}")
+        return
+    if not site.machine.is_image and not can_all_execute(site.program.script):
+        work.warn(f"users can't execute {site.program.script}, so {path} was not made: chmod 755 it and repeat this")
         return
     work.link(path, site.program.script)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
 import pytest
-from pretend import SCRIPT, Pretend, changes, command, tree, work
+from pretend import EXECUTABLE, SCRIPT, Pretend, changes, command, tree, work
 
 from versioner_agent import layout, program, service, shipped
 from versioner_agent.errors import AgentError
@@ -38,7 +40,7 @@ def install(machine, *, dry_run=False, **how):
 # Below a directory: what packages and images get.
 
 
-def expected_tree():
+def expected_tree(linked=SCRIPT):
     text = shipped.read
     return {
         f"{UNITS}/versioner-agent.service": ("file", 0o644, text(shipped.SERVICE).encode()),
@@ -52,7 +54,7 @@ def expected_tree():
         "etc/versioner-agent/credentials": ("directory", 0o700, None),
         "etc/versioner-agent/config.toml": ("file", 0o644, text(shipped.CONFIG).encode()),
         "var/lib/versioner-agent": ("directory", 0o2770, None),
-        "usr/local/bin/versioner-agent": ("link", 0, SCRIPT),
+        "usr/local/bin/versioner-agent": ("link", 0, linked),
     }
 
 
@@ -138,7 +140,8 @@ def test_a_first_installation_makes_everything_in_an_order_that_works(machine):
         ("systemctl", "reset-failed", shipped.SERVICE),
         ("systemctl", "--no-block", "start", shipped.SERVICE),
     ]
-    assert {path: entry for path, entry in tree(machine.root).items() if path in expected_tree()} == expected_tree()
+    expected = expected_tree(EXECUTABLE)
+    assert {path: entry for path, entry in tree(machine.root).items() if path in expected} == expected
     assert done.warnings == []
 
 
@@ -300,18 +303,30 @@ def test_a_command_of_somebody_else_stays(machine, kind):
     done = install(machine)
 
     assert tree(os.path.dirname(path)) == before
-    assert done.warnings == [f"{path} is somebody else's and stays: users call {SCRIPT}"]
+    assert done.warnings == [f"{path} is somebody else's and stays: users call {EXECUTABLE}"]
 
 
-def test_the_link_follows_the_program_to_another_place(machine):
+def test_the_link_follows_the_program_to_another_place(machine, tmp_path):
+    """The unit that was installed before tells what the link led to."""
+    machine.program = machine.program._replace(script=SCRIPT)
+    path = machine.at(layout.SYSTEM.link)
+    os.makedirs(os.path.dirname(path))
+    os.symlink(SCRIPT, path)
     install(machine)
-    machine.program = Program(
-        ("/srv/va/bin/versioner-agent",), "/srv/va/bin/versioner-agent", ("/srv/va",), machine.program.marker
-    )
+    machine.program = program_at(tmp_path / "moved")
     done = install(machine)
 
-    assert os.readlink(machine.at(layout.SYSTEM.link)) == "/srv/va/bin/versioner-agent"
-    assert ("link", machine.at(layout.SYSTEM.link)) in changes(done)
+    assert os.readlink(path) == machine.program.script
+    assert ("link", path) in changes(done)
+
+
+def test_what_nobody_can_execute_is_not_linked(machine, tmp_path):
+    machine.program = program_at(tmp_path)
+    os.chmod(machine.program.script, 0o744)  # as the standard library's zipapp makes it
+    done = install(machine)
+
+    assert not os.path.lexists(machine.at(layout.SYSTEM.link))
+    assert "chmod 755" in done.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +395,7 @@ def test_an_ordinary_user_is_told_of_sudo_and_user():
 def program_at(place):
     script = place / "bin" / "versioner-agent"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.touch()
+    script.touch(mode=0o755)
     return Program((str(script),), str(script), (str(place),), str(script))
 
 
@@ -403,11 +418,37 @@ def test_an_interpreter_in_a_hidden_place_is_refused_behind_its_link(tmp_path):
         )
 
 
-def test_a_place_that_others_can_not_enter_is_refused(tmp_path):
-    place = tmp_path / "closed"
+@pytest.fixture
+def readable():
+    """A directory that everybody can enter; pytest's own are private."""
+    with tempfile.TemporaryDirectory(prefix="versioner-agent-test-") as directory:
+        os.chmod(directory, 0o755)
+        yield pathlib.Path(directory)
+
+
+def test_a_script_that_others_can_execute_is_fine(readable):
+    program.check_readable(program_at(readable), interpreter="/usr/bin/env", hidden=())
+
+
+def test_a_place_that_others_can_not_enter_is_refused(readable):
+    place = readable / "closed"
     place.mkdir()
     found = program_at(place)
     place.chmod(0o750)
+    with pytest.raises(AgentError, match=r"may not enter or read .*/closed"):
+        program.check_readable(found, interpreter="/usr/bin/env", hidden=())
+
+
+def test_a_script_that_others_can_not_execute_is_refused(readable):
+    found = program_at(readable)
+    os.chmod(found.script, 0o744)
+    with pytest.raises(AgentError, match="may not execute it"):
+        program.check_readable(found, interpreter="/usr/bin/env", hidden=())
+
+
+def test_a_package_that_others_can_not_read_is_refused(readable):
+    (readable / "__init__.py").touch(mode=0o600)
+    found = program_at(readable)._replace(marker=str(readable / "__init__.py"))
     with pytest.raises(AgentError, match="may not enter or read"):
         program.check_readable(found, interpreter="/usr/bin/env", hidden=())
 

@@ -7,7 +7,7 @@ import json
 import os
 
 import pytest
-from pretend import Pretend, changes, command, tree, work
+from pretend import SCRIPT, Pretend, changes, command, tree, work
 
 from versioner_agent import Outbox, layout, removal, service, shipped
 from versioner_agent.errors import AgentError, OutboxBusy, UsageError
@@ -164,8 +164,10 @@ def test_nothing_is_removed_while_somebody_queues(machine, monkeypatch):
         assert writer.acquire(1)
         with pytest.raises(OutboxBusy):
             uninstall(machine, purge=True)
+        assert f"{STATE}/outbox.db" in names(machine)
 
-    assert f"{STATE}/outbox.db" in names(machine)
+        uninstall(machine, purge=True, yes=True)  # who holds it for ever does not keep root from it
+    assert not os.path.exists(machine.at(f"/{STATE}"))
 
 
 def test_nobody_can_queue_into_what_is_being_removed(machine, monkeypatch):
@@ -250,6 +252,8 @@ def test_a_command_of_somebody_else_stays(machine):
 
 def test_the_link_of_another_version_of_the_program_is_ours(machine):
     """The unit that is installed names it."""
+    os.unlink(machine.at(layout.SYSTEM.link))
+    os.symlink(SCRIPT, machine.at(layout.SYSTEM.link))
     machine.program = Program(("/srv/x/bin/versioner-agent",), "/srv/x/bin/versioner-agent", (), machine.program.marker)
     uninstall(machine)
 
