@@ -67,8 +67,7 @@ def found() -> Program:
 
 def check_readable(program: Program, *, interpreter: str | None = None, hidden: Sequence[str] = HIDDEN) -> None:
     """Raise AgentError where the service's account could not run *program* under the unit's hardening."""
-    if not os.path.exists(program.script):
-        raise AgentError(f"there is no {program.script} to start", REMEDY)
+    check_there(program)
     for path in _distinct(program.script, *program.places, program.marker, interpreter or sys.executable):
         real = os.path.realpath(path)
         for place in hidden:
@@ -79,6 +78,12 @@ def check_readable(program: Program, *, interpreter: str | None = None, hidden: 
             raise AgentError(f"the service could not run {real}: its account may not enter or read {closed}", REMEDY)
     if program.script in program.command[:1] and not can_all_execute(program.script):
         raise AgentError(f"the service could not run {program.script}: its account may not execute it", REMEDY)
+
+
+def check_there(program: Program) -> None:
+    """Raise AgentError where there is nothing that a unit could start: the package is not installed, only imported."""
+    if not os.path.exists(program.script):
+        raise AgentError(f"there is no {program.script} to start", REMEDY)
 
 
 def can_all_execute(path: str) -> bool:

@@ -308,11 +308,10 @@ def test_a_command_of_somebody_else_stays(machine, kind):
 
 def test_the_link_follows_the_program_to_another_place(machine, tmp_path):
     """The unit that was installed before tells what the link led to."""
-    machine.program = machine.program._replace(script=SCRIPT)
     path = machine.at(layout.SYSTEM.link)
-    os.makedirs(os.path.dirname(path))
-    os.symlink(SCRIPT, path)
+    machine.program = program_at(tmp_path / "first")
     install(machine)
+    assert os.readlink(path) == machine.program.script
     machine.program = program_at(tmp_path / "moved")
     done = install(machine)
 

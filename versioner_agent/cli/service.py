@@ -58,7 +58,9 @@ def install(user: bool, root: str | None, now: bool, key_file: str | None, dry_r
     site = _site(user=user, root=root, dry_run=dry_run)
     if now:
         service.refuse_now_without_systemd(site.machine)
-    if not user and root is None:
+    if user:
+        program.check_there(site.program)
+    elif root is None:
         program.check_readable(site.program)
     if key_file is not None:
         key: str | None = service_key.read_given(key_file)
