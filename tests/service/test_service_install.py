@@ -221,6 +221,20 @@ def test_a_service_that_does_not_get_active_is_not_waited_for_for_ever(machine):
     assert pauses == []
 
 
+def test_the_run_before_a_restart_is_not_taken_for_the_new_one(machine):
+    machine.states[shipped.SERVICE] = "active"
+    machine.invocation = 7
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        machine.invocation += len(pauses) == 3
+
+    service.wait_until_active(machine.site.machine, "7", pause=pause)
+
+    assert len(pauses) == 3
+
+
 def test_what_a_command_says_is_in_the_error(machine):
     machine.fails["systemd-sysusers"] = "Failed to lock /etc/.pwd.lock\nbusy"
     with pytest.raises(AgentError, match=r"systemd-sysusers .* failed: Failed to lock /etc/.pwd.lock busy"):
@@ -260,6 +274,19 @@ def test_a_directory_with_another_mode_is_put_right(machine):
 
     assert changes(install(machine)) == [("directory", credentials)]
     assert os.stat(credentials).st_mode & 0o7777 == 0o700
+
+
+def test_a_file_with_another_mode_is_put_right(machine):
+    install(machine, key=KEY)
+    unit, key = machine.at(f"/{UNITS}/versioner-agent.service"), machine.at(layout.SYSTEM.key)
+    os.chmod(unit, 0o600)
+    os.chmod(key, 0o644)
+
+    assert [step for step in changes(install(machine, key=KEY)) if step[0] != "reload"] == [
+        ("write", unit),
+        ("key", key),
+    ]
+    assert [os.stat(path).st_mode & 0o7777 for path in (unit, key)] == [0o644, 0o600]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
@@ -432,7 +459,7 @@ def test_a_script_that_others_can_execute_is_fine(readable):
 def test_a_place_that_others_can_not_enter_is_refused(readable):
     place = readable / "closed"
     place.mkdir()
-    found = program_at(place)
+    found = program_at(place / "venv")
     place.chmod(0o750)
     with pytest.raises(AgentError, match=r"may not enter or read .*/closed"):
         program.check_readable(found, interpreter="/usr/bin/env", hidden=())

@@ -273,8 +273,9 @@ def test_a_service_that_does_not_take_the_key_is_told(accepting, monkeypatch):
 
 def test_a_stopped_service_stays_stopped(accepting):
     accepting.states[shipped.SERVICE] = "inactive"
-    set_key(accepting)
+    _, done = set_key(accepting)
 
+    assert [step.action for step in done.steps] == ["key"]
     assert {command[1] for command in accepting.commands} == {"show"}
 
 
