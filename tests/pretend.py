@@ -30,6 +30,7 @@ class Pretend:
         self.states = {}  # unit -> ActiveState
         self.status_text = ""
         self.starts_as = "active"
+        self.behind = set()  # units that systemd has not read again
         self.invocation = 0
         self.started_us = ""
         self.on_stop = lambda: None
@@ -79,6 +80,7 @@ class Pretend:
         told = {
             "ActiveState": self.states.get(unit, "inactive"),
             "StatusText": self.status_text,
+            "NeedDaemonReload": "yes" if unit in self.behind else "no",
             "InvocationID": str(self.invocation),
             "ExecMainStartTimestampMonotonic": self.started_us,
         }

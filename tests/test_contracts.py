@@ -17,7 +17,7 @@ import httpcore
 import pytest
 
 import versioner_agent
-from versioner_agent import cli, config, delivery, events, outbox, outcomes, records
+from versioner_agent import cli, config, delivery, events, outbox, outcomes, records, steps
 from versioner_agent.cli import _common
 from versioner_agent.sandbox import Sandbox
 
@@ -86,6 +86,7 @@ def test_json_keys_are_in_readme():
     }
 
     assert set(outbox.Receipt._fields) <= rows["receipt (`enqueue`)"]
+    assert set(steps.Step._fields) | set(steps.Work().summary()) <= rows["`service`"]
     assert set(records._JSON_KEYS) <= rows["record (`list`, `show`)"]
 
 

@@ -22,6 +22,8 @@ from versioner_agent.text import key_public_part
 ACTIVE_S = 90.0  # what a start may take: the unit's own limit is 60 s
 POLL_S = 0.2
 ACCOUNT = "versioner-agent"  # of sysusers.d
+_UP = ("active", "activating", "reloading")
+_BEHIND = "NeedDaemonReload"
 _PROPERTIES = ("ActiveState", "StatusText", "InvocationID", "ExecMainStartTimestampMonotonic")
 
 
@@ -45,22 +47,22 @@ def install(site: Site, work: Work, *, key: str | None = None, now: bool = False
     _add_account(site, work)
     _make_directories(site, work)
     _write_configuration(site, work)
-    if key is not None:
-        work.write(
-            site.machine.at(site.layout.key), f"{key}\n".encode(), 0o600, action="key", detail=key_public_part(key)
-        )
+    is_key_new = key is not None and _store_key(site, work, key)
     _link_command(site, work, linked_to)
-    are_units_new |= _enable(site, work)
+    is_enabled = _enable(site, work)
     _label(site, work, needed=work.changed != before)
     if site.machine.has_systemd:
-        if now or are_units_new:
-            work.step("reload", "systemd", are_units_new, lambda: site.machine.must_systemctl("daemon-reload"))
+        is_watched = _state(site.machine, shipped.KEY_PATH) == "active"
+        is_old = are_units_new or (is_key_new and not is_watched)
+        _reload(site, work, needed=are_units_new or is_enabled)
         if now:
-            _bring_up(site, work, are_units_new=are_units_new)
-        elif are_units_new and not work.dry_run and _is_running(site.machine):
+            _bring_up(site, work, is_watched=is_watched, is_old=is_old)
+        elif is_old and not work.dry_run and _state(site.machine, shipped.SERVICE) in _UP:
             work.warn("the service that runs is still the old one: repeat this with --now")
     elif not site.machine.is_image:
         work.warn("systemd is not running here: the service is enabled, and starts when it is")
+    elif not os.path.lexists(site.machine.at(site.program.script)):
+        work.warn(f"{site.machine.at(site.program.script)} is missing: put the program there, for the units start it")
     _check_configuration(site, work)
 
 
@@ -137,6 +139,11 @@ def is_our_link(site: Site, path: str, installed: str | None) -> bool:
     return link_of(path) in {site.program.script, installed} - {None}
 
 
+def _store_key(site: Site, work: Work, key: str) -> bool:
+    path, shown = site.machine.at(site.layout.key), key_public_part(key)
+    return work.write(path, f"{key}\n".encode(), 0o600, action="key", detail=shown)
+
+
 def _link_command(site: Site, work: Work, installed: str | None) -> None:
     if site.layout.link is None or site.layout.link == site.program.script:
         return
@@ -169,24 +176,30 @@ def _label(site: Site, work: Work, *, needed: bool) -> None:
     work.step("label", "SELinux", needed, lambda: site.machine.must("restorecon", "-RF", *paths))
 
 
-def _bring_up(site: Site, work: Work, *, are_units_new: bool) -> None:
+def _state(machine: Machine, unit: str) -> str:
+    return machine.shown(unit, "ActiveState")["ActiveState"]
+
+
+def _reload(site: Site, work: Work, *, needed: bool) -> None:
+    """Have systemd read the units again, also where an installation was cut short before it did."""
+    machine = site.machine
+    names = [os.path.basename(path) for path in site.layout.unit_files]
+    is_behind = needed or any(machine.shown(name, _BEHIND)[_BEHIND] == "yes" for name in names)
+    work.step("reload", "systemd", is_behind, lambda: machine.must_systemctl("daemon-reload"))
+
+
+def _bring_up(site: Site, work: Work, *, is_watched: bool, is_old: bool) -> None:
     machine, service = site.machine, shipped.SERVICE
     if not machine.is_user:
-        is_down = machine.shown(shipped.KEY_PATH, "ActiveState")["ActiveState"] != "active"
-        work.step("start", shipped.KEY_PATH, is_down, lambda: machine.must_systemctl("start", shipped.KEY_PATH))
+        work.step("start", shipped.KEY_PATH, not is_watched, lambda: machine.must_systemctl("start", shipped.KEY_PATH))
     before = machine.shown(service, *_PROPERTIES)
-    is_up = before["ActiveState"] in ("active", "activating", "reloading")
-    is_old = are_units_new or _is_newer_than(site.program.marker, before["ExecMainStartTimestampMonotonic"])
-    if is_up:
+    is_old = is_old or _is_newer_than(site.program.marker, before["ExecMainStartTimestampMonotonic"])
+    if before["ActiveState"] in _UP:
         work.step("restart", service, is_old, lambda: _until_active(machine, "restart", before["InvocationID"]))
         if not is_old and not work.dry_run:
             wait_until_active(machine, "")
     else:
         work.step("start", service, True, lambda: _until_active(machine, "start", before["InvocationID"]))
-
-
-def _is_running(machine: Machine) -> bool:
-    return machine.shown(shipped.SERVICE, "ActiveState")["ActiveState"] in ("active", "activating", "reloading")
 
 
 def _is_newer_than(path: str, monotonic_us: str) -> bool:

@@ -98,6 +98,20 @@ def test_root_strips_the_directory_from_a_program_in_it(tmp_path):
     assert elsewhere.below(root).command == (SCRIPT,)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_program_that_is_missing_in_an_image_is_told(tmp_path, is_there):
+    machine = Pretend(tmp_path, has_systemd=False, is_image=True)
+    machine.program = machine.program._replace(script=SCRIPT)
+    if is_there:
+        os.makedirs(os.path.dirname(machine.at(SCRIPT)))
+        os.symlink("elsewhere", machine.at(SCRIPT))
+    warnings = install(machine).warnings
+
+    assert warnings == (
+        [] if is_there else [f"{machine.at(SCRIPT)} is missing: put the program there, for the units start it"]
+    )
+
+
 def test_root_runs_no_command(tmp_path):
     machine = Pretend(tmp_path, has_systemd=False, is_image=True, is_root=False)
     install(machine)
@@ -189,6 +203,30 @@ def test_without_now_a_running_service_is_left_and_that_is_said(machine):
 
     assert not machine.asked("start") + machine.asked("restart")
     assert any("--now" in warning for warning in done.warnings)
+
+
+def test_an_installation_that_was_cut_short_before_the_reload_is_finished(machine):
+    install(machine, now=True)
+    machine.behind = {shipped.SERVICE}
+
+    assert changes(install(machine, now=True)) == [("reload", "systemd")]
+
+
+def test_enabling_again_restarts_nothing(machine):
+    install(machine, now=True)
+    link = machine.at(f"/{UNITS}/multi-user.target.wants/versioner-agent.service")
+    os.unlink(link)
+
+    assert changes(install(machine, now=True)) == [("enable", link), ("reload", "systemd")]
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_a_new_key_restarts_what_nobody_watches_it_for(machine, is_watched):
+    install(machine, now=True)
+    machine.states[shipped.KEY_PATH] = "active" if is_watched else "inactive"
+    done = install(machine, key=KEY, now=True)
+
+    assert (("restart", shipped.SERVICE) in changes(done)) is not is_watched
 
 
 def test_a_newer_package_restarts_an_older_process(machine):
