@@ -114,9 +114,13 @@ def tree(directory):
     return found
 
 
+#: No command is found on this PATH: what runs as root must not reach the machine's accounts and systemd.
+NO_COMMANDS = {"PATH": "/nonexistent"}
+
+
 def command(*args, stdin=b"", **env):
-    """Run the real command line to its end."""
+    """Run the real command line to its end; it finds no command of the machine's."""
     return subprocess.run(
         (sys.executable, "-m", "versioner_agent", *map(str, args)),
-        input=stdin, capture_output=True, timeout=60, check=False, env={**os.environ, **env},
+        input=stdin, capture_output=True, timeout=60, check=False, env={**os.environ, **NO_COMMANDS, **env},
     )  # fmt: skip

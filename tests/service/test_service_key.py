@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from host import free_port
-from pretend import Pretend, changes, command, tree, work
+from pretend import NO_COMMANDS, Pretend, changes, command, tree, work
 from scripted import accepted, answer, refused
 
 from versioner_agent import Outbox, layout, removal, service, service_key, shipped, steps
@@ -343,7 +343,7 @@ def test_a_pipe_that_never_ends_does_not_hold_us_up(tmp_path):
     with subprocess.Popen(["yes", "sk_acme_k1_x"], stdout=subprocess.PIPE) as endless:
         done = subprocess.run(
             (sys.executable, "-m", "versioner_agent", "service", "install", "--root", tmp_path, "--key-file", "-"),
-            stdin=endless.stdout, capture_output=True, check=False, timeout=60,
+            stdin=endless.stdout, capture_output=True, check=False, timeout=60, env={**os.environ, **NO_COMMANDS},
         )  # fmt: skip
         endless.kill()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from pretend import NO_COMMANDS
 
 from versioner_agent import machine
 from versioner_agent.errors import AgentError
@@ -32,7 +33,8 @@ def test_a_command_is_run_with_what_it_says():
         (("/bin/sh", "-c", r"printf '\377' >&2; exit 1"), "\ufffd"),
     ],
 )
-def test_a_command_that_fails_is_told_in_one_line(command, words):
+def test_a_command_that_fails_is_told_in_one_line(command, words, monkeypatch):
+    monkeypatch.setenv("PATH", os.defpath)  # without directories that this user may not search
     with pytest.raises(AgentError) as caught:
         machine.this_machine().must(*command)
 
@@ -74,6 +76,7 @@ def typed(question, answer, *arguments):
     """Run a command on a terminal and type *answer* when it asks *question*; returns code and screen."""
     process = subprocess.Popen(
         (sys.executable, "-c", ON_A_TERMINAL, sys.executable, "-m", "versioner_agent", *arguments),
+        env={**os.environ, **NO_COMMANDS},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
