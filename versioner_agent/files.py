@@ -101,6 +101,8 @@ def access_hint(path: str, exc: Exception | None) -> str | None:
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)
+    if getattr(exc, "errno", 0) == errno.EROFS:
+        return f"{directory} is read-only here: a systemd unit with ProtectSystem= needs ReadWritePaths={directory}"
     try:
         found = os.stat(directory)
     except OSError:
