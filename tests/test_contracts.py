@@ -17,7 +17,7 @@ import pytest
 from recipes import README, ROOT, blocks
 
 import versioner_agent
-from versioner_agent import cli, config, delivery, events, outbox, outcomes, records
+from versioner_agent import cli, config, delivery, events, outbox, outcomes, records, steps
 from versioner_agent.cli import _common
 from versioner_agent.cli.config import Row
 from versioner_agent.sandbox import Sandbox
@@ -84,6 +84,7 @@ def test_json_keys_are_in_readme():
     }
 
     assert set(outbox.Receipt._fields) <= rows["receipt (`enqueue`)"]
+    assert set(steps.Step._fields) | set(steps.Work().summary()) <= rows["`service`"]
     assert set(records._JSON_KEYS) <= rows["record (`list`, `show`)"]
     assert set(Row._fields) <= rows["setting (`config`)"]
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "integrity": set(),
     "records": {"events", "integrity"},
     "pages": set(),
+    "units": set(),
     # Level 1, one outside thing each.
     "configfile": {"toml_lines"},
     "config": {"configfile", "errors", "events", "urls"},
@@ -53,6 +54,11 @@ ALLOWED = {
     "sdnotify": set(),
     "installed": set(),
     "loopback": set(),
+    "shipped": set(),
+    "machine": {"errors"},
+    "steps": {"creation", "errors"},
+    "layout": {"config", "shipped", "units"},
+    "program": {"errors", "units"},
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
     "reports": {"ledger", "outbox", "outcomes", "settling", "text"},
@@ -70,6 +76,11 @@ ALLOWED = {
         "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "review", "storage",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
+    "service": {"config", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
+    "service_key": {
+        "binding", "config", "errors", "files", "outbox", "outcomes", "review", "service", "shipped", "steps", "storage", "text",
+    },
+    "removal": {"errors", "files", "locks", "review", "service", "service_key", "shipped", "steps", "storage"},
     "sandbox": {"events", "loopback"},
     "demo": {"errors", "outbox", "review", "sandbox"},
 }  # fmt: skip
@@ -89,6 +100,7 @@ PURE = (
     "schema",
     "pages",
     "toml_lines",
+    "units",
 )
 
 

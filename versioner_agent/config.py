@@ -173,7 +173,7 @@ def load_from(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
     """Resolve, with the user's own outbox where none is named; raises ConfigError."""
     settings, problems = _resolved(flags, env, files)
     if settings.values["db"] is None:
-        settings.values["db"] = os.path.join(_user_directory("state", env), "outbox.db")
+        settings.values["db"] = os.path.join(user_directory("state", env), "outbox.db")
         if not os.path.isabs(settings.db) and _is_complete(files):
             words = "there is no home directory to keep the outbox in"
             problems.append(Problem(words, hint="set HOME, or name it with --db"))
@@ -184,7 +184,7 @@ def load_from(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
 def read_files(env: Mapping[str, str], config: str | None = None) -> list[File]:
     """Return the configuration files in force, the stronger first, also those that are missing or broken."""
     named = config or env.get(ENV_CONFIG)
-    paths = [named] if named else [os.path.join(_user_directory("config", env), "config.toml"), SYSTEM_FILE]
+    paths = [named] if named else [os.path.join(user_directory("config", env), "config.toml"), SYSTEM_FILE]
     # Without a home the user's directories are relative: each place would have its own.
     return [read_file(path) for path in paths if named or os.path.isabs(path)]
 
@@ -316,7 +316,7 @@ def _read_key_file(path: str, *, missing_is_error: bool) -> str:
     return content.decode("utf-8", "replace").strip()
 
 
-def _user_directory(purpose: str, env: Mapping[str, str]) -> str:
+def user_directory(purpose: str, env: Mapping[str, str]) -> str:
     """Return the user's directory for `config` or `state`, as platformdirs names it.
 
     On Linux that is the XDG Base Directory Specification, read here: importing platformdirs would take a tenth of the

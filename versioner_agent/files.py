@@ -116,12 +116,12 @@ def access_hint(path: str, exc: Exception | None) -> str | None:
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)
+    if code == errno.EROFS:
+        return f"{directory} is read-only here: a systemd unit with ProtectSystem= needs ReadWritePaths={directory}"
     try:
         os.stat(directory)
     except OSError:
         return f"check that {directory} exists and that you may use it"
-    if code == errno.EROFS:
-        return f"if a unit of systemd runs this (a CI runner's), it needs the line ReadWritePaths={directory}"
     is_denied = isinstance(exc, PermissionError) or not os.access(directory, os.W_OK | os.X_OK)
     return f"check the permissions of {directory}" if is_denied else None
 

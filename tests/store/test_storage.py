@@ -327,12 +327,6 @@ def test_who_is_outside_of_the_group_gets_the_remedy_in_one_line(tmp_path, monke
     assert error.hint is None
 
 
-def test_a_file_system_that_is_read_only_for_this_unit_is_told_how_to_become_writable(tmp_path):
-    error = files.unusable(str(tmp_path / "outbox.db"), OSError(errno.EROFS, "Read-only file system"))
-
-    assert f"ReadWritePaths={tmp_path}" in error.hint
-
-
 def test_an_error_of_the_disk_is_said_where_its_free_space_is_asked_for(outbox, monkeypatch):
     """In our words: what delivers goes on after those."""
 
@@ -342,3 +336,12 @@ def test_an_error_of_the_disk_is_said_where_its_free_space_is_asked_for(outbox, 
     monkeypatch.setattr(os, "statvfs", broken)
     with pytest.raises(OutboxError, match=r"can't use the outbox .*: Input/output error"):
         outbox.store.free_space()
+
+
+def test_a_read_only_place_is_not_taken_for_a_missing_membership(tmp_path):
+    """So a runner's unit with ProtectSystem=strict sees it."""
+    tmp_path.chmod(0o2770)
+    hint = files.access_hint(str(tmp_path / "outbox.db"), OSError(errno.EROFS, "Read-only file system"))
+
+    assert f"ReadWritePaths={tmp_path}" in hint
+    assert "group" not in hint

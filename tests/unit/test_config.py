@@ -379,7 +379,7 @@ def test_directories_are_those_of_platformdirs(monkeypatch, purpose, home):
         monkeypatch.setenv(variable, home)
     expected = {"config": platformdirs.user_config_dir, "state": platformdirs.user_state_dir}[purpose]
 
-    assert config._user_directory(purpose, os.environ) == expected("versioner-agent", appauthor=False)
+    assert config.user_directory(purpose, os.environ) == expected("versioner-agent", appauthor=False)
 
 
 @pytest.mark.parametrize("home", ["~", "relative"])

@@ -32,6 +32,7 @@ COMMANDS = {
     "show": Entry("records", "show", "Show one record with its payload and attempts."),
     "retry": Entry("verdicts", "retry", "Send failed records again."),
     "discard": Entry("verdicts", "discard", "Give up records for good."),
+    "service": Entry("service", "service", "Run the agent under systemd."),
     "doctor": Entry("doctor", "doctor", "Look for damage and say what to do."),
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),
     "sandbox": Entry("sandbox", "sandbox", "Run a local server that speaks the event API."),
