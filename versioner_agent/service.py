@@ -211,7 +211,6 @@ def _is_newer_than(path: str, monotonic_us: str) -> bool:
 
 
 def _until_active(machine: Machine, verb: str, invocation: str) -> None:
-    machine.systemctl("reset-failed", shipped.SERVICE)  # else a count of past failures forbids the start
     machine.must_systemctl("--no-block", verb, shipped.SERVICE)
     wait_until_active(machine, invocation)
 

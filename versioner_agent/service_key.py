@@ -190,7 +190,7 @@ def _hand_over(site: Site, work: Work, key: str, *, is_new: bool) -> None:
     if work.dry_run:
         return
     end = time.monotonic() + TAKEN_S
-    while not _has_taken(site, key):
+    while not (_has_taken(site, key) and machine.shown(service, "ActiveState")["ActiveState"] == "active"):
         if time.monotonic() >= end:
             work.warn(f"{service} has not taken the key yet: systemctl status {service}")
             return

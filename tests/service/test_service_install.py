@@ -151,7 +151,6 @@ def test_a_first_installation_makes_everything_in_an_order_that_works(machine):
         ("systemd-sysusers", machine.at("/etc/sysusers.d/versioner-agent.conf")),
         ("systemctl", "daemon-reload"),
         ("systemctl", "start", shipped.KEY_PATH),
-        ("systemctl", "reset-failed", shipped.SERVICE),
         ("systemctl", "--no-block", "start", shipped.SERVICE),
     ]
     expected = expected_tree(EXECUTABLE)
