@@ -15,6 +15,8 @@ from versioner_agent.steps import Work
 SCRIPT = "/opt/versioner-agent/bin/versioner-agent"
 EXECUTABLE = "/bin/sh"  # stands for a program that is really there
 
+OLD_KEY = "sk_acme_k1_oldsecret"
+
 
 class Pretend:
     """Runs no command: it remembers them, and answers as systemctl and systemd-sysusers would."""

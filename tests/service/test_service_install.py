@@ -17,18 +17,14 @@ from versioner_agent import layout, program, service, shipped
 from versioner_agent.errors import AgentError
 from versioner_agent.program import Program
 
+pytestmark = pytest.mark.usefixtures("usual_umask")
 KEY = "sk_acme_k2_installsecret"
 UNITS = "etc/systemd/system"
 
 
-@pytest.fixture(autouse=True)
-def _usual_umask(umask):
-    umask(0o022)
-
-
 @pytest.fixture
-def machine(tmp_path):
-    return Pretend(tmp_path)
+def machine(bare):
+    return bare
 
 
 def install(machine, *, dry_run=False, **how):

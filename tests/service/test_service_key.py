@@ -10,31 +10,23 @@ import sys
 
 import pytest
 from host import free_port
-from pretend import NO_COMMANDS, Pretend, changes, command, tree, work
+from pretend import NO_COMMANDS, OLD_KEY, changes, command, tree, work
 from scripted import accepted, answer, refused
 
-from versioner_agent import Outbox, layout, removal, service, service_key, shipped, steps
+from versioner_agent import Outbox, layout, removal, service_key, shipped, steps
 from versioner_agent.errors import AgentError, OtherDestination, UsageError
 from versioner_agent.ledger import Ledger
 from versioner_agent.outcomes import Outcome, no_key
 from versioner_agent.storage import Store
 
+pytestmark = pytest.mark.usefixtures("usual_umask")
 KEY = "sk_acme_k2_brandnewsecret"
-OLD = "sk_acme_k1_oldsecret"
 CREDENTIALS = "etc/versioner-agent/credentials"
 
 
-@pytest.fixture(autouse=True)
-def _usual_umask(umask):
-    umask(0o022)
-
-
 @pytest.fixture
-def machine(tmp_path):
-    made = Pretend(tmp_path)
-    service.install(made.site, work(), key=OLD, now=True)
-    made.commands.clear()
-    return made
+def machine(installed):
+    return installed
 
 
 def configure(machine, url, more=""):
@@ -89,7 +81,7 @@ def test_only_the_apis_own_refusal_keeps_a_key_out(machine, serve, reaction, wor
     verdict, done = set_key(machine)
 
     assert verdict.word == word
-    assert stored(machine) == (f"{KEY}\n" if is_stored else f"{OLD}\n")
+    assert stored(machine) == (f"{KEY}\n" if is_stored else f"{OLD_KEY}\n")
     assert done.changed == is_stored
     assert {seen.headers["authorization"] for seen in server.requests} == {f"Bearer {KEY}"}
 
@@ -173,7 +165,7 @@ def test_the_key_of_another_account_than_events_wait_for_is_refused(machine, ser
     assert caught.value.exit_code == 3
     assert "brandnewsecret" not in caught.value.message
     assert server.requests == []
-    assert stored(machine) == f"{OLD}\n"
+    assert stored(machine) == f"{OLD_KEY}\n"
     with contextlib.closing(Store(path)) as store:
         assert Ledger(store).destination()[0].account == "globex"
 
@@ -208,7 +200,7 @@ def test_a_key_is_replaced_as_a_whole_or_not_at_all(machine, monkeypatch, failin
     with pytest.raises(OSError, match="No space left"):
         steps.replace(machine.at(layout.SYSTEM.key), KEY.encode(), 0o600)
 
-    assert tree(machine.at(f"/{CREDENTIALS}")) == {"api_key": ("file", 0o600, f"{OLD}\n".encode())}
+    assert tree(machine.at(f"/{CREDENTIALS}")) == {"api_key": ("file", 0o600, f"{OLD_KEY}\n".encode())}
 
 
 def test_a_key_is_never_readable_for_others_on_its_way(machine, monkeypatch):
@@ -294,7 +286,7 @@ def test_a_dry_run_asks_and_stores_nothing(accepting):
 
     assert verdict.word == "accepted"
     assert done.changed
-    assert stored(accepting) == f"{OLD}\n"
+    assert stored(accepting) == f"{OLD_KEY}\n"
     assert {command[1] for command in accepting.commands} == {"show"}
 
 

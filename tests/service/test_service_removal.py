@@ -7,29 +7,22 @@ import json
 import os
 
 import pytest
-from pretend import SCRIPT, Pretend, changes, command, tree, work
+from pretend import SCRIPT, changes, command, tree, work
 
-from versioner_agent import Outbox, layout, removal, service, shipped
+from versioner_agent import Outbox, layout, removal, shipped
 from versioner_agent.errors import AgentError, OutboxBusy, UsageError
 from versioner_agent.locks import WriteQueue
 from versioner_agent.program import Program
 from versioner_agent.storage import Store
 
+pytestmark = pytest.mark.usefixtures("usual_umask")
 BUILD = {"product_name": "p", "version": "1", "status": "completed"}
 STATE = "var/lib/versioner-agent"
 
 
-@pytest.fixture(autouse=True)
-def _usual_umask(umask):
-    umask(0o022)
-
-
 @pytest.fixture
-def machine(tmp_path):
-    made = Pretend(tmp_path)
-    service.install(made.site, work(), key="sk_acme_k1_secret", now=True)
-    made.commands.clear()
-    return made
+def machine(installed):
+    return installed
 
 
 def uninstall(machine, *, dry_run=False, **how):
