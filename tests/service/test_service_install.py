@@ -442,15 +442,6 @@ def test_a_user_gets_a_private_service(tmp_path, monkeypatch):
 # Who may, from where, and how it is said.
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may")
-def test_an_ordinary_user_is_told_of_sudo_and_user():
-    done = command("service", "install")
-
-    assert done.returncode == 2
-    assert b"sudo" in done.stderr
-    assert b"--user" in done.stderr
-
-
 def program_at(place):
     script = place / "bin" / "versioner-agent"
     script.parent.mkdir(parents=True, exist_ok=True)

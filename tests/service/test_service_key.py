@@ -411,12 +411,3 @@ def test_a_configuration_that_does_not_name_the_key_is_told(tmp_path, monkeypatc
 
     assert done.returncode == 0
     assert b"api_key_file = " in done.stderr
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may")
-@pytest.mark.parametrize("arguments", [("set-key",), ("uninstall",)])
-def test_an_ordinary_user_is_told_of_sudo_and_user(arguments):
-    done = command("service", *arguments, stdin=KEY.encode())
-
-    assert done.returncode == 2
-    assert b"sudo" in done.stderr
