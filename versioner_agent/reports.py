@@ -31,7 +31,7 @@ def headline(standing: Standing, now: float, *, has_key: bool = True) -> str:
     if not has_key:
         return f"no API key, events wait for one: {pending} pending, {failed} failed"
     if health.state not in TROUBLE:
-        return f"{'up' if health.state == 'up' else 'ready'}: {pending} pending, {failed} failed"
+        return f"up: {pending} pending, {failed} failed{'' if health.state == 'up' else ' (API not asked yet)'}"
     words = TROUBLE[health.state]
     if health.since is not None:
         words += f" since {_clock(health.since, now)}"

@@ -34,7 +34,7 @@ def test_ready_means_that_the_lock_is_held_and_the_outbox_open(host_for, manager
 
     assert host.presence().agent_pid == process.pid
     assert host.counts() == {}
-    assert status == "STATUS=ready: 0 pending, 0 failed"
+    assert status == "STATUS=up: 0 pending, 0 failed (API not asked yet)"
     assert manager.lines()[0].startswith("STATUS=opening the outbox /")
 
 
@@ -186,7 +186,7 @@ def test_an_upgrade_under_a_running_agent_changes_nothing_but_its_status(host_fo
     init = library / "versioner_agent" / "__init__.py"
     init.with_name("fresh.py").write_text(init.read_text().replace('__version__ = "', '__version__ = "9.'))
     init.with_name("fresh.py").replace(init)
-    assert "restart due: version 9." in manager.until("STATUS=ready: 0 pending, 0 failed; restart due")
+    assert "restart due: version 9." in manager.until("STATUS=up: 0 pending, 0 failed (API not asked yet); restart due")
     library.rename(tmp_path / "gone")
     for version in (1, 2, 3):
         host.queue(f"product-{version}", first=version)

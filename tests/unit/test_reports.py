@@ -23,7 +23,7 @@ def down(**health):
     ("standing", "line"),
     [
         (Standing(0, 3, Health("up")), "up: 0 pending, 3 failed"),
-        (Standing(0, 0, Health()), "ready: 0 pending, 0 failed"),
+        (Standing(0, 0, Health()), "up: 0 pending, 0 failed (API not asked yet)"),
         (Standing(120, 0, down()), "API unreachable since 14:02, 120 pending, next try in 40 s"),
         (Standing(120, 3, down()), "API unreachable since 14:02, 120 pending, 3 failed, next try in 40 s"),
         (Standing(120, 0, down(next_attempt_at=NOW)), "API unreachable since 14:02, 120 pending, trying now"),
