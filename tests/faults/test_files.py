@@ -74,9 +74,11 @@ def test_a_place_that_is_no_outbox_is_left_as_it_is(host, kind, words):
     path = place_of(host, kind)
     before = everything(host.directory)
     for command in (ENQUEUE, ("run",), ("flush",), ("status",), ("list",), ("doctor",), ("retry", "--all-failed")):
+        if (kind, *command) == ("missing", "run"):
+            continue  # its disk may be mounted late: it waits
         done = host.run(*command, VERSIONER_AGENT_DB=str(path))
 
-        is_harmless = kind == "missing" and command[0] not in ("enqueue", "run", "retry")
+        is_harmless = kind == "missing" and command[0] not in ("enqueue", "retry")
         assert done.returncode == (0 if is_harmless else 1), command
         assert b"Traceback" not in done.stderr
         if command in (ENQUEUE, ("run",)):
