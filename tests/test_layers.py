@@ -51,7 +51,7 @@ ALLOWED = {
     "delivery": {"errors", "network", "outcomes", "text", "tls", "urls"},
     "journal": set(),
     "logs": {"journal", "text"},
-    "sdnotify": set(),
+    "sdnotify": {"text"},
     "installed": set(),
     "loopback": set(),
     "shipped": set(),

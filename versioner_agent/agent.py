@@ -27,7 +27,7 @@ from versioner_agent.locks import FlusherLock
 from versioner_agent.opening import GRACE_S, LOCK_POLL_S, handled_by, lock_errors, migrate, open_outbox
 from versioner_agent.sdnotify import Notifier
 from versioner_agent.storage import PATIENCE, Store
-from versioner_agent.text import duration
+from versioner_agent.text import bounded, duration
 from versioner_agent.vitals import Vitals
 
 logger = logging.getLogger(__name__)
@@ -35,17 +35,28 @@ logger = logging.getLogger(__name__)
 STEP_S = 60.0  # what looking through an outbox, mending or upgrading it may take
 SLOWEST_BYTES_S = 0.5e6  # and in addition for its size
 SLEPT_S = 5.0  # a shorter sleep breaks no connection
+PROBLEM_CHARS = 400  # of what is wrong with a configuration, in a line for people
 RETRY_S = 5.0  # from one try to open the outbox to the next, where the disk is full or others keep it
 
 
 class Agent:
     """Delivers from one outbox until it is told to stop."""
 
-    def __init__(self, settings: Settings, env: Mapping[str, str], reload: Callable[[], Settings]) -> None:
-        """Use *settings*; *reload* reads them again, raising ConfigError for what can't be used."""
+    def __init__(
+        self,
+        settings: Settings,
+        env: Mapping[str, str],
+        reload: Callable[[], Settings],
+        on_settings: Callable[[Settings], None] = lambda _: None,
+    ) -> None:
+        """Use *settings*; *reload* reads them again, raising ConfigError for what can't be used.
+
+        *on_settings* is told of those that were read again and are in force.
+        """
         self._settings = settings
         self._env = env
         self._reload = reload
+        self._on_settings = on_settings
         self._notifier = Notifier(env)
         self._files = installed.Watch()
         self._signals = 0
@@ -98,10 +109,10 @@ class Agent:
 
     def _await_directory(self, directory: str) -> None:
         """Wait for a directory whose disk may be mounted after we are started."""
-        if not os.path.isdir(directory):
+        if _is_missing(directory):
             logger.error("there is no directory %s; waiting for it (is its disk mounted?)", directory)
             self._notifier.status(f"waiting for the directory {directory}: is its disk mounted?")
-        while not os.path.isdir(directory) and not self._signals:
+        while _is_missing(directory) and not self._signals:
             self._pause(LOCK_POLL_S)
 
     def _insist(self, act: Callable[[], None]) -> bool:
@@ -216,12 +227,13 @@ class Agent:
             bound = binding.check(ledger, binding.configured(settings, self._env))
             fresh, options, here = binding.sending(settings, self._env, account)
         except AgentError as exc:
-            vitals.reload_problem = " ".join(exc.message.split())
-            logger.error("reload: %s; the old configuration stays", vitals.reload_problem)  # noqa: TRY400
+            vitals.reload_problem = bounded(" ".join(exc.message.split()), PROBLEM_CHARS)
+            logger.error("reload: %s; the old configuration stays", " ".join(exc.message.split()))  # noqa: TRY400
             return sender
         account.name = bound.name  # an outbox with nothing pending may have moved to another one
         flusher.configure(fresh, options, here)
         self._settings = settings
+        self._on_settings(settings)
         logger.info("configuration read again", extra={"action": "reload"})
         return fresh  # the old client lives on in the requests under way
 
@@ -234,6 +246,17 @@ class Agent:
                 os._exit(128 + number)
         if self._flusher is not None:
             self._flusher.wake()
+
+
+def _is_missing(directory: str) -> bool:
+    """Tell whether *directory* is not there, which is something else than to be no directory, or closed to us."""
+    try:
+        os.stat(directory)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # whoever opens the outbox says why not
+    return False
 
 
 class _Awake:

@@ -7,6 +7,7 @@ all layers are told together. The API key is not a setting that travels: it is r
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -51,9 +52,13 @@ def _any_text(value: Any) -> str:
 
 def _path(value: Any) -> str:
     try:
-        return os.path.abspath(os.path.expanduser(_text(value)))
+        path = os.path.abspath(os.path.expanduser(_text(value)))
+        os.fsencode(path)
     except FileNotFoundError:
         raise ValueError("must be absolute: the current directory is gone") from None
+    except UnicodeEncodeError:
+        raise ValueError("can't be the name of a file in this locale (LANG)") from None
+    return path
 
 
 def _number(least: float, most: float, *, whole: bool = False) -> Callable[[Any], Any]:
@@ -184,9 +189,25 @@ def load_from(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
 def read_files(env: Mapping[str, str], config: str | None = None) -> list[File]:
     """Return the configuration files in force, the stronger first, also those that are missing or broken."""
     named = config or env.get(ENV_CONFIG)
-    paths = [named] if named else [os.path.join(user_directory("config", env), "config.toml"), SYSTEM_FILE]
+    if named:
+        return [read_file(named)]
+    own = os.path.join(user_directory("config", env), "config.toml")
     # Without a home the user's directories are relative: each place would have its own.
-    return [read_file(path) for path in paths if named or os.path.isabs(path)]
+    found = [read_file(own)] if os.path.isabs(own) else []
+    if found and found[0].state == "unusable" and not _is_home_of_ours():
+        found = [File(own, state="not there")]  # after `sudo -E`, or in a container with a foreign HOME
+    return [*found, read_file(SYSTEM_FILE)]
+
+
+def _is_home_of_ours() -> bool:
+    """Tell whether HOME is a directory of this user: another's settings are none of ours, and many have /dev/null."""
+    try:
+        found = os.stat(os.path.expanduser("~"))
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 class Key(NamedTuple):
@@ -240,7 +261,7 @@ def _resolved(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
         value, source, file = _find(option, flags, env, files)
         if source != "default":
             try:
-                value = option.parse(value)
+                value = _parsed(option, value, file)
             except ValueError as exc:
                 problems.append(_problem(option.key, str(exc), source, file))
                 bad.add(option.key)
@@ -251,11 +272,24 @@ def _resolved(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
         # What can't be read might have allowed it.
         is_allowed = settings.allow_insecure_http or "allow_insecure_http" in bad or not _is_complete(files)
         if words := url_problem(settings.api_url, insecure=is_allowed):
-            _, source, file = _find(BY_KEY["api_url"], flags, env, files)
-            problems.append(_problem("api_url", words, source, file))
+            problems.append(located("api_url", words, flags, env, files))
     order = {file.name: place for place, file in enumerate(files)}
     problems.sort(key=lambda problem: (order.get(problem.file, len(files)), problem.line or 0))
     return settings, problems
+
+
+def _parsed(option: Option, value: Any, file: File | None) -> Any:
+    """Return the value as it is used; raises ValueError. In a file a path must mean the same wherever it is read."""
+    parsed = option.parse(value)
+    if file is not None and option.parse is _path and not os.path.isabs(os.path.expanduser(value.strip())):
+        raise ValueError("must be an absolute path, as commands are called from many places")
+    return parsed
+
+
+def located(key: str, words: str, flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> Problem:
+    """Return what is wrong with the value of *key* that holds, with the place where it was given."""
+    _, source, file = _find(BY_KEY[key], flags, env, files)
+    return _problem(key, words, source, file)
 
 
 def refuse(problems: list[Problem]) -> None:
@@ -274,8 +308,9 @@ def _find(
 ) -> tuple[Any, str, File | None]:
     if flags.get(option.key) is not None:
         return flags[option.key], option.flag, None
-    if env.get(option.env):
-        return env[option.env], option.env, None
+    given = env.get(option.env, "")
+    if given.strip() or (given and not option.is_secret):  # a secret that was not filled in is none
+        return given, option.env, None
     for file in files:
         if option.key in file.content:
             return file.content[option.key], file.name, file

@@ -25,7 +25,11 @@ _DISK_HINT = (
 )
 
 #: The system's words for these would send people to the wrong place.
-_WORDS = {errno.ELOOP: "a symbolic link is in its place", errno.ENOENT: "there is no such directory"}
+_WORDS = {
+    errno.ELOOP: "a symbolic link is in its place",
+    errno.ENOENT: "there is no such directory",
+    errno.ENOTDIR: "it would lie in a file, not in a directory",
+}
 
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
@@ -116,6 +120,8 @@ def access_hint(path: str, exc: Exception | None) -> str | None:
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)
+    if code == errno.ENOTDIR:
+        return "name a file in a directory with --db or VERSIONER_AGENT_DB"
     if code == errno.EROFS:
         return f"{directory} is read-only here: a systemd unit with ProtectSystem= needs ReadWritePaths={directory}"
     try:

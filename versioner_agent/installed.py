@@ -34,16 +34,20 @@ class Watch:
         self._path = versioner_agent.__file__
         self._seen = _stamp(self._path)
 
-    def replaced_by(self) -> str | None:
-        """Say which version lies there now (`?` where that can't be read); None while the files are the same."""
-        if _stamp(self._path) == self._seen:
-            return None
+    def change(self) -> str:
+        """Say what has become of the files; empty while they are the same."""
+        now = _stamp(self._path)
+        if now == self._seen:
+            return ""
         try:
             with open(self._path, encoding="utf-8") as file:
                 found = re.search(r'^__version__ = "([^"]+)"', file.read(), re.MULTILINE)
         except (OSError, ValueError):
             found = None
-        return found[1] if found else "?"
+        running = versioner_agent.__version__
+        if found and found[1] != running:
+            return f"version {found[1]} is installed, {running} is running"
+        return "its files are gone" if now is None else "its files were replaced"
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:

@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from versioner_agent.text import bounded, mask_keys, printable
+
 SEND_S = 2.0  # a service manager that hangs must not stop deliveries
 EXTEND_S = 60.0  # what a start that takes long asks for at a time
 EXTEND_EVERY_S = 10.0
+MOST_DIGITS = 20  # of 64 bits, which systemd counts in
 STATUS_CHARS = 1000  # what `systemctl status` can show; a datagram must stay small
 
 
@@ -103,7 +106,7 @@ def _watchdog_s(env: Mapping[str, str]) -> float:
     if pid and pid != str(os.getpid()):
         return 0.0
     given = env.get("WATCHDOG_USEC", "")
-    return int(given) / 1e6 if given.isascii() and given.isdigit() else 0.0
+    return int(given) / 1e6 if given.isascii() and given.isdigit() and len(given) <= MOST_DIGITS else 0.0
 
 
 def _microseconds(seconds: float) -> int:
@@ -111,4 +114,5 @@ def _microseconds(seconds: float) -> int:
 
 
 def _line(words: str) -> str:
-    return " ".join(words.split())[:STATUS_CHARS]
+    """Return *words* as everybody on the host may see them."""
+    return bounded(mask_keys(printable(" ".join(words.split()))), STATUS_CHARS)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
+_PLAIN_PROXY = re.compile(
+    r"(https?://)?([^/?#\s]*@)?((?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)/?", re.IGNORECASE
+)
 
 
 def url_problem(api_url: str, *, insecure: bool) -> str:
@@ -14,8 +18,8 @@ def url_problem(api_url: str, *, insecure: bool) -> str:
     try:
         url = urlsplit(api_url)
         host, port = url.hostname, url.port
-    except ValueError as exc:
-        return f"not a URL: {exc}"
+    except ValueError:  # its words quote what may be a password
+        return "is not a URL"
     if url.scheme not in ("http", "https") or not host or port == 0:
         return "must be an https:// URL with a host"
     if any(character.isspace() or ord(character) < 32 for character in api_url) or not api_url.isascii():
@@ -71,13 +75,12 @@ def place_of(proxy: str) -> str:
 
 
 def without_password(proxy: str) -> str:
-    """Return a proxy URL with `***` for its password, even where characters in it make it no URL."""
-    scheme, separator, rest = proxy.partition("://")
-    if scheme.lower() not in ("http", "https"):
-        scheme, separator, rest = "", "", proxy
-    user, at, place = rest.rpartition("@")
-    name, colon, _ = user.partition(":")
-    return f"{scheme}{separator}{name}:***@{place}" if at and colon else proxy
+    """Return what may be shown of a proxy: scheme, host and port of a plain URL; of all else nothing, it may be secret.
+
+    A token can stand where the user's name belongs, and a password where the port does.
+    """
+    match = _PLAIN_PROXY.fullmatch(proxy)
+    return f"{match[1] or ''}{'***@' if match[2] else ''}{match[3]}" if match else "***"
 
 
 def _first(env: Mapping[str, str], *names: str) -> str | None:

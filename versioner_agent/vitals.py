@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from versioner_agent import __version__
 from versioner_agent.errors import OutboxError
 from versioner_agent.installed import Watch
 from versioner_agent.ledger import Ledger
@@ -58,9 +57,9 @@ class Vitals:
             words = headline(self._ledger.standing(), time.time(), has_key=has_key)
         except OutboxError as exc:
             words = f"{exc.message}; trying again"
+        change = self._files.change()
+        if change:
+            words += f"; restart due: {change}"
         if self.reload_problem:
             words += f"; reload failed, the old configuration stays: {self.reload_problem}"
-        version = self._files.replaced_by()
-        if version is not None:
-            words += f"; restart due: version {version} is installed, {__version__} is running"
         return words

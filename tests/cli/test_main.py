@@ -162,3 +162,55 @@ def test_json_is_json_in_every_encoding(host_for, encoding, command):
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.decode("utf-8"))["product_name"] == name
+
+
+# --- streams that are lost
+
+
+@pytest.fixture
+def dead_pipe():
+    """The end of a pipe that nobody reads from."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize("stderr", ["dead pipe", "full"])
+def test_talk_that_nobody_can_hear_keeps_no_event_from_being_queued(host_for, dead_pipe, stderr):
+    host = host_for()
+    enqueue = (*COMMAND, "enqueue", "build", "--product", "p", "--version", "1", "-v")
+
+    with open("/dev/full", "wb") as full:
+        heard_by = dead_pipe if stderr == "dead pipe" else full
+        done = subprocess.run(enqueue, stderr=heard_by, stdout=dead_pipe, env=host.env, timeout=60, check=False)
+        wrong = subprocess.run(
+            (*enqueue, "--status", "nonsense"), stderr=heard_by, env=host.env, timeout=60, check=False
+        )
+
+    assert done.returncode == 0
+    assert host.counts() == {"pending": 1}
+    assert wrong.returncode == 2
+
+
+@pytest.mark.parametrize("lost", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    ("command", "code"), [(("flush", "--timeout", "0", "--json"), 75), (("config", "--check", "/", "--json"), 3)]
+)
+def test_a_reader_that_left_does_not_change_the_exit_code(host_for, dead_pipe, lost, command, code):
+    host = host_for()
+    host.queue("payments")
+
+    done = subprocess.run((*COMMAND, *command), **{lost: dead_pipe}, env=host.env, timeout=60, check=False)
+
+    assert done.returncode == code
+
+
+def test_an_installation_whose_reader_leaves_is_finished(host_for, dead_pipe, tmp_path):
+    (tmp_path / "image").mkdir()
+    command = (*COMMAND, "service", "install", "--root", str(tmp_path / "image"))
+
+    done = subprocess.run(command, stdout=dead_pipe, env=host_for().env, timeout=60, check=False)
+
+    assert done.returncode == 0
+    assert (tmp_path / "image/etc/versioner-agent/config.toml").exists()

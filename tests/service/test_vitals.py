@@ -211,7 +211,7 @@ def test_an_upgrade_under_a_running_agent_changes_nothing_but_its_status(host_fo
     assert host.counts() == {"delivered": 2, "failed": 1}
     assert host.end(process) == 0
     manager.waiting()
-    assert any("restart due: version ? is installed" in line for line in manager.lines())
+    assert any("restart due: its files are gone" in line for line in manager.lines())
     assert KEY.encode() not in host.said()
 
 

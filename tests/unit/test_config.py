@@ -591,3 +591,34 @@ def test_a_byte_order_mark_is_no_problem():
     (problem,) = check(file_of(USER, b"\xef\xbb\xbftimeout = 5\r\nzzzzzz = 1\r\n"))
 
     assert str(problem) == f"{USER}:2: unknown key 'zzzzzz'"
+
+
+@pytest.mark.parametrize("key", ["db", "api_key_file", "ca_bundle"])
+def test_a_relative_path_in_a_file_is_an_error(tmp_path, key):
+    """It would be another file for each directory that a command is called from."""
+    path = write(tmp_path / "c.toml", f'\n{key} = "outbox.db"')
+
+    assert problems_of(load, {}, {}, path) == [
+        f"{path}:2: {key}: must be an absolute path, as commands are called from many places"
+    ]
+    assert load({key: "outbox.db"}, {}, str(tmp_path / "none.toml")).values[key] == os.path.abspath("outbox.db")
+
+
+def test_a_path_that_this_locale_has_no_name_for_is_an_error(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii"))
+
+    (problem,) = problems_of(load, {"db": "/日本/o.db"}, {}, "/dev/null")
+
+    assert problem == "db (--db): can't be the name of a file in this locale (LANG)"
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/1/cwd"])
+def test_a_home_of_nobody_or_of_another_user_has_no_settings_of_ours(unprivileged, monkeypatch, home):
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+
+    assert config.read_files({})[0].state == "not there"
+
+
+def test_a_key_that_was_not_filled_in_is_none(tmp_path):
+    assert load({}, {"VERSIONER_API_KEY": " "}, str(tmp_path / "none.toml")).api_key is None

@@ -71,7 +71,9 @@ def test_a_sign_of_life_is_given_four_times_as_often_as_wanted(manager):
     assert [lines for lines in manager.waiting() if "READY=1" not in lines] == [["WATCHDOG=1"]] * 3
 
 
-@pytest.mark.parametrize("env", [{}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}])
+@pytest.mark.parametrize(
+    "env", [{}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_USEC": "9" * 400}, {"WATCHDOG_USEC": "9", "WATCHDOG_PID": "1"}]
+)
 def test_a_watchdog_that_is_not_ours_gets_no_sign(manager, env):
     notifier = Notifier({**manager.env, **env})
     notifier.ready("up")
@@ -115,4 +117,12 @@ def test_the_same_status_is_told_once_and_stays_one_line(manager):
     for words in ("up", "up", "forged\nREADY=1", "up", "x" * 5000):
         notifier.status(words)
 
-    assert manager.waiting() == [["STATUS=up"], ["STATUS=forged READY=1"], ["STATUS=up"], ["STATUS=" + "x" * 1000]]
+    assert manager.waiting() == [["STATUS=up"], ["STATUS=forged READY=1"], ["STATUS=up"], ["STATUS=" + "x" * 999 + "…"]]
+
+
+def test_what_everybody_can_see_holds_no_key_and_steers_no_terminal(manager):
+    notifier = Notifier(manager.env)
+
+    notifier.status("unknown key 'sk_acme_k2_s3cret' \x1b[31m")
+
+    assert manager.waiting() == [["STATUS=unknown key 'sk_acme_***' \\x1b[31m"]]

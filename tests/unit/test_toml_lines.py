@@ -95,7 +95,7 @@ GOOD = {
         "'''\n[x]\n" + BAIT + "'''",
         '"a,b"',
     ],
-    "ca_bundle": ["'/a\"b'", '"\\"/a"'],
+    "ca_bundle": ["'/a\"b'", '"/\\"a"'],
     "log_level": ["'info'"],
 }
 QUOTES = st.sampled_from(["{}", '"{}"', "'{}'", " {}", "\t{} "])

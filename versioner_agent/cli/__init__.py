@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import click
 
@@ -42,14 +42,6 @@ COMMANDS = {
 
 class LazyGroup(click.Group):
     """A group that imports a command when it is used."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader that has seen enough is no error (click would make it one)."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            _silence_stdout()
-            return 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the table's order."""
@@ -103,6 +95,8 @@ def main() -> NoReturn:
         if hasattr(stream, "reconfigure"):
             # A name that the terminal's encoding can't show must not end a build.
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout = _Sturdy(sys.stdout, BrokenPipeError)
+    sys.stderr = _Sturdy(sys.stderr, OSError)
     code = _run()
     try:
         sys.stdout.flush()
@@ -112,6 +106,40 @@ def main() -> NoReturn:
     gc.freeze()
     gc.disable()
     sys.exit(code)
+
+
+class _Sturdy:
+    """A standard stream that may be lost: the command goes on, and exits with its own code.
+
+    A reader that has seen enough is no error, and talk that nobody can hear must not keep an event from being queued.
+    """
+
+    def __init__(self, stream: TextIO, loss: type[OSError]) -> None:
+        self._stream = stream
+        self._loss = loss
+        self.is_lost = False
+
+    def write(self, text: str) -> int:
+        """Write as the stream does, or to nowhere."""
+        try:
+            return self._stream.write(text)
+        except self._loss:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush as the stream does; what it can't write is gone."""
+        try:
+            self._stream.flush()
+        except self._loss:
+            self._let_go()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _let_go(self) -> None:
+        self.is_lost = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def _open_closed_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ def list_records(state: str | None, product: str | None, limit: int, as_json: bo
             else:
                 _print_page(page, with_header=is_empty)
             is_empty = False
+            if getattr(sys.stdout, "is_lost", False):
+                break  # whoever read has seen enough
     except OutboxMissing:
         pass
     finally:

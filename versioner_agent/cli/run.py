@@ -27,10 +27,13 @@ def run(**options: Any) -> None:
     from versioner_agent.agent import Agent  # noqa: PLC0415
     from versioner_agent.config import Settings  # noqa: PLC0415
 
-    def configured() -> Settings:
-        settings = load_settings(options | {"verbose": False})
+    def read() -> Settings:
+        return load_settings(options | {"verbose": False})
+
+    def log_as_told(settings: Settings) -> None:
         logs.configure(settings.log_format, "debug" if options["verbose"] else settings.log_level)
         logging.getLogger(__name__).debug("outbox %s (from %s)", settings.db, settings.sources["db"])
-        return settings
 
-    Agent(configured(), os.environ, configured).run()
+    settings = read()
+    log_as_told(settings)
+    Agent(settings, os.environ, read, log_as_told).run()
