@@ -51,6 +51,7 @@ ALLOWED = {
     "delivery": {"errors", "network", "outcomes", "text", "tls", "urls"},
     "journal": set(),
     "logs": {"journal", "text"},
+    "privileges": set(),
     "sdnotify": {"text"},
     "installed": set(),
     "loopback": set(),
@@ -78,9 +79,9 @@ ALLOWED = {
     "doctor": {"damage", "errors", "review", "schema", "storage"},
     "service": {"config", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {
-        "binding", "config", "errors", "files", "outbox", "outcomes", "review", "service", "shipped", "steps", "storage", "text",
+        "binding", "config", "errors", "files", "outbox", "outcomes", "privileges", "review", "service", "shipped", "steps", "storage", "text",
     },
-    "removal": {"errors", "files", "locks", "review", "service", "service_key", "shipped", "steps", "storage"},
+    "removal": {"errors", "files", "locks", "privileges", "review", "service", "service_key", "shipped", "steps", "storage"},
     "sandbox": {"events", "loopback"},
     "demo": {"errors", "outbox", "review", "sandbox"},
 }  # fmt: skip

@@ -31,6 +31,8 @@ _WORDS = {
     errno.ENOTDIR: "it would lie in a file, not in a directory",
 }
 
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
 _BESIDE = os.O_RDWR | _SAFELY | _UNLINKED
@@ -68,6 +70,30 @@ def open_plain(path: str, *, follow: bool = True) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "it is not a regular file", path)
     return fd
+
+
+def has_hot_journal(path: str) -> bool:
+    """Tell whether the journal of *path* is of a transaction under way, or cut short.
+
+    Raises OSError for what is no file, and OutboxError for one that names another file, which SQLite would delete
+    (https://sqlite.org/fileformat2.html#the_rollback_journal): no transaction of ours spans two files.
+    """
+    journal = path + "-journal"
+    try:
+        fd = open_plain(journal, follow=False)
+    except FileNotFoundError:
+        return False
+    try:
+        is_hot = any(os.read(fd, 8))  # zero, once the transaction is over
+        end = os.pread(fd, 8, max(0, os.fstat(fd).st_size - 8))
+    finally:
+        os.close(fd)
+    if is_hot and end == _JOURNAL_MAGIC:
+        raise OutboxError(
+            f"{journal} was not written by versioner-agent; nothing was touched",
+            "look who may write there, and move it away",
+        )
+    return is_hot
 
 
 def open_beside(path: str) -> int:

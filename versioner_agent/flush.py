@@ -79,7 +79,7 @@ def others_can_write(path: str) -> str:
         is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
         if found.st_mode & 0o022 and not is_sticky:
             return f"others can write {name} (mode {stat.S_IMODE(found.st_mode):04o})"
-        if found.st_uid not in (os.geteuid(), 0):
+        if found.st_uid not in (os.getuid(), 0):  # not who we have become
             return f"{name} belongs to uid {found.st_uid}"
     return ""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from versioner_agent.files import inode_of, open_beside
+from versioner_agent.files import inode_of, open_beside, open_plain
 
 QUEUE_SUFFIX = ".queue"
 FLUSHER_SUFFIX = ".flusher"
@@ -149,7 +149,7 @@ class FlusherLock:
     def presence(self) -> Presence:
         """Look without touching: taking the lock to test it could turn an agent away."""
         try:
-            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+            fd = open_plain(self.path, follow=False)
         except OSError:
             return Presence(is_delivering=False, has_agent=False, pid=None, agent_pid=None)
         try:

@@ -17,7 +17,7 @@ import time
 from versioner_agent.creation import make_tables, sync_directory
 from versioner_agent.damage import Damage, examine, find, is_large, noted, recount, refuse_foreign
 from versioner_agent.errors import OutboxDamaged, OutboxError
-from versioner_agent.files import create_beside, inode_of, size_of
+from versioner_agent.files import create_beside, inode_of, open_plain, size_of
 from versioner_agent.locks import QUEUE_SUFFIX
 from versioner_agent.salvage import Salvage, rows_of
 from versioner_agent.storage import LENGTH, Store, is_wal
@@ -71,11 +71,21 @@ def _cut(store: Store) -> bool:
         try:
             length = connection.execute(LENGTH).fetchone()[0]
             is_longer = size_of(store.path) > length and not is_wal(connection)
-            if is_longer:
-                os.truncate(store.path, length)  # by its name: to close a descriptor would drop SQLite's locks
+            fd = _truncated(store, length) if is_longer else None
         finally:
             connection.execute("COMMIT")
+    if fd is not None:
+        store.disconnect()  # to close a descriptor of the file drops SQLite's locks
+        os.close(fd)
     return is_longer
+
+
+def _truncated(store: Store, length: int) -> int:
+    """Cut the file that *store* has open to *length*; returns a descriptor of it. A link there is not followed."""
+    fd = os.open(store.path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+    if store.is_open_as(inode_of(fd)):
+        os.ftruncate(fd, length)
+    return fd
 
 
 def _replace(store: Store, what: str) -> Damage:
@@ -112,6 +122,8 @@ def _build(store: Store, side: str, damage: Damage, before: int, live: frozenset
     try:
         _same_owner(fd, store.path if damage.kept else store.path + QUEUE_SUFFIX)
         with contextlib.closing(sqlite3.connect(side, isolation_level=None)) as connection:
+            if os.path.islink(side) or inode_of(side) != inode_of(fd):
+                raise OutboxError(f"somebody took {side} away", "look who may write there, then try again")
             connection.execute("PRAGMA synchronous = OFF")  # synced as a whole below
             connection.execute("PRAGMA journal_mode = MEMORY")
             make_tables(connection)
@@ -121,7 +133,7 @@ def _build(store: Store, side: str, damage: Damage, before: int, live: frozenset
                 for number, row in enumerate(rows_of(store.path)):
                     found.take(row)
                     if number % ROWS_A_SIGN == 0:
-                        os.utime(store.path)  # who waits to queue sees that we get on
+                        os.utime(store.path, follow_symlinks=False)  # who waits to queue sees that we get on
             counts, ids = found.finish()
             unreadable = max(len(ids), before - sum(counts.values()))
             damage = damage._replace(salvaged=counts, unreadable=unreadable, unreadable_ids=ids[:IDS_KEPT])
@@ -136,25 +148,32 @@ def _build(store: Store, side: str, damage: Damage, before: int, live: frozenset
 def _same_owner(fd: int, reference: str) -> None:
     """Give a file made by root to who owned the one it replaces, with its mode."""
     with contextlib.suppress(OSError):
-        found = os.stat(reference)
+        found = os.stat(reference, follow_symlinks=False)
         os.fchmod(fd, found.st_mode & 0o777)
         if os.geteuid() == 0:
             os.fchown(fd, found.st_uid, found.st_gid)
 
 
 def _keep(path: str, name: str) -> None:
-    """Give *path* a second name, so that at no moment there is none; a copy where links are not to be had."""
+    """Give *path* a second name, so that at no moment there is none; a copy where links are not to be had.
+
+    In a shared directory others may put links of their own into both places: none is followed, and a name that somebody
+    took meanwhile ends this try.
+    """
     try:
         os.link(path, name, follow_symlinks=False)
     except FileNotFoundError:
         return
+    except FileExistsError:
+        raise
     except OSError:
-        shutil.copyfile(path, name)
+        with open(open_plain(path, follow=False), "rb") as source, open(create_beside(name), "wb") as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def _free_name(name: str) -> str:
     number, free = 1, name
-    while os.path.lexists(free):
+    while any(os.path.lexists(free + suffix) for suffix in ("", *JOURNALS)):
         number += 1
         free = f"{name}-{number}"
     return free

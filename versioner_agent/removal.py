@@ -15,6 +15,7 @@ from versioner_agent import review, shipped
 from versioner_agent.errors import ConfigError, OutboxBusy, OutboxError, UsageError
 from versioner_agent.files import size_of
 from versioner_agent.locks import FLUSHER_SUFFIX, QUEUE_SUFFIX, WriteQueue
+from versioner_agent.privileges import as_owner_of
 from versioner_agent.service import ACCOUNT, Site, installed_command, is_our_link
 from versioner_agent.service_key import settings_of
 from versioner_agent.steps import Work
@@ -126,26 +127,28 @@ def _outboxes(site: Site) -> list[str]:
 def _refuse_undelivered(outboxes: list[str]) -> None:
     """Raise UsageError where an outbox holds undelivered events, or can't be read."""
     for path in outboxes:
-        store = Store(path)
+        _refuse_undelivered_of(path)
+
+
+def _refuse_undelivered_of(path: str) -> None:
+    with as_owner_of(os.path.dirname(path)), closing(Store(path)) as store:
         try:
             if store.is_remembered() and not size_of(path):
                 raise OutboxError("it is missing or empty")  # opening it would lose its journal
             counts = review.stats(store).counts
         except OutboxMissing:
-            continue
+            return
         except OutboxError as exc:
             raise UsageError(
                 f"the outbox {path} may hold undelivered events, it can't be read: {exc.message}; nothing was removed",
                 "look at it with `versioner-agent doctor`; --yes removes it all the same",
             ) from exc
-        finally:
-            store.close()
-        if any(counts[state] for state in UNDELIVERED):
-            told = ", ".join(f"{counts[state]} {state}" for state in UNDELIVERED)
-            raise UsageError(
-                f"the outbox {path} holds undelivered events ({told}); nothing was removed",
-                "deliver or discard them first; --yes destroys them",
-            )
+    if any(counts[state] for state in UNDELIVERED):
+        told = ", ".join(f"{counts[state]} {state}" for state in UNDELIVERED)
+        raise UsageError(
+            f"the outbox {path} holds undelivered events ({told}); nothing was removed",
+            "deliver or discard them first; --yes destroys them",
+        )
 
 
 def _purge_state(site: Site, work: Work, *, yes: bool) -> None:

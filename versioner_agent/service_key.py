@@ -21,6 +21,7 @@ from versioner_agent.errors import AgentError, OtherDestination, OutboxError, Us
 from versioner_agent.files import open_plain
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome
+from versioner_agent.privileges import as_owner_of
 from versioner_agent.service import POLL_S, Site, check_key_is_named
 from versioner_agent.steps import Work, content_of
 from versioner_agent.storage import OutboxMissing, Store
@@ -128,7 +129,7 @@ def set_key(
 def _check_account(key: str, settings: Settings) -> None:
     """Raise OtherDestination where events wait for another account than the key's."""
     try:
-        with closing(Store(settings.db, settings.busy_timeout)) as store:
+        with as_owner_of(os.path.dirname(settings.db)), closing(Store(settings.db, settings.busy_timeout)) as store:
             found = review.stats(store)
     except (OutboxMissing, OutboxError):
         return  # nothing is known of it; the agent checks again before it sends

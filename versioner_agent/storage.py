@@ -26,9 +26,9 @@ from versioner_agent.files import (
     ROOM_BYTES,
     access_hint,
     changed_at,
+    has_hot_journal,
     inode_of,
     open_beside,
-    open_plain,
     size_of,
     unusable,
 )
@@ -203,7 +203,7 @@ class Store:
             )
 
     def _connect(self, *, create: bool) -> sqlite3.Connection:
-        has_journal = self._has_journal()
+        has_journal = has_hot_journal(self.path)
         connection = self._raw_connection()
         try:
             if has_journal:
@@ -246,16 +246,9 @@ class Store:
             raise self.unknown_version(self.version)
         return False
 
-    def _has_journal(self) -> bool:
-        """Tell whether the journal is of a transaction under way, or cut short; raises OSError for what is no file."""
-        try:
-            fd = open_plain(self.path + "-journal", follow=False)
-        except FileNotFoundError:
-            return False
-        try:
-            return any(os.read(fd, 8))  # zero, once the transaction is over (https://sqlite.org/fileformat2.html)
-        finally:
-            os.close(fd)
+    def is_open_as(self, inode: tuple[int, int] | None) -> bool:
+        """Tell whether the connection is to the file *inode*."""
+        return self._connection is not None and inode == self._inode
 
     def keep_rollback_journal(self) -> None:
         """Leave write-ahead logging again, should somebody have switched it on and be gone."""

@@ -11,7 +11,7 @@ import click
 
 from versioner_agent import config
 from versioner_agent.config import Settings
-from versioner_agent.text import json_line, printable
+from versioner_agent.text import json_line, mask_keys, printable
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -46,7 +46,18 @@ def load_settings(options: dict[str, Any]) -> Settings:
     """Resolve settings from a command's keyword arguments; with --verbose, say where the outbox comes from."""
     settings = config.load(given_flags(options), os.environ, options.get("config"))
     if options.get("verbose"):
-        click.echo(printable(f"outbox {settings.db} (from {settings.sources['db']})"), err=True)
+        words = f"outbox {settings.db} (from {settings.sources['db']})"
+        click.echo(mask_keys(printable(words)), err=True)
+    return settings
+
+
+def outbox_settings(options: dict[str, Any]) -> Settings:
+    """Do the same for a command that opens the outbox: from here on root is no more than the outbox's owner."""
+    settings = load_settings(options)
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        from versioner_agent.privileges import become_owner_of  # noqa: PLC0415  # only for root
+
+        become_owner_of(os.path.dirname(settings.db))
     return settings
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from versioner_agent.cli._common import echo, echo_json, json_option, load_settings, settings_options
+from versioner_agent.cli._common import echo, echo_json, json_option, outbox_settings, settings_options
 from versioner_agent.text import printable
 
 
@@ -27,7 +27,7 @@ def doctor(acknowledge: bool, deep: bool, as_json: bool, **options: Any) -> int:
     from versioner_agent.doctor import Finding, examine  # noqa: PLC0415
     from versioner_agent.storage import Store  # noqa: PLC0415
 
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     store = Store(settings.db, settings.busy_timeout)
     try:
         if acknowledge:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from versioner_agent import events
-from versioner_agent.cli._common import echo_json, json_option, load_settings, settings_options
+from versioner_agent.cli._common import echo_json, json_option, outbox_settings, settings_options
 from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError, ValidationError
 from versioner_agent.outbox import Destination, Outbox, Receipt
@@ -201,7 +201,7 @@ def _read(name: str) -> bytes:
 
 
 def _enqueue(valid: list[events.Event], options: dict[str, Any]) -> None:
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     if not settings.is_explicit("db") and not os.path.isdir(os.path.dirname(settings.db)):
         from versioner_agent.creation import make_private_directory  # noqa: PLC0415  # once in a user's life
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from versioner_agent.cli._common import DELIVERY_KEYS, echo_json, json_option, load_settings, settings_options
+from versioner_agent.cli._common import DELIVERY_KEYS, echo_json, json_option, outbox_settings, settings_options
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
     from versioner_agent import flush as flushing  # noqa: PLC0415
     from versioner_agent import logs  # noqa: PLC0415
 
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     logs.configure(settings.log_format, "debug" if options["verbose"] else "warning")
     with _Progress() as progress:
         drained = flushing.flush(

@@ -13,7 +13,7 @@ from versioner_agent.cli._common import (
     echo,
     echo_json,
     json_option,
-    load_settings,
+    outbox_settings,
     settings_options,
     styled,
     table,
@@ -101,7 +101,7 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
 def _store(options: dict[str, Any]) -> Store:
     from versioner_agent.storage import Store  # noqa: PLC0415
 
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     return Store(settings.db, settings.busy_timeout)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from versioner_agent.cli._common import echo, echo_json, json_option, load_settings, settings_options, styled
+from versioner_agent.cli._common import echo, echo_json, json_option, outbox_settings, settings_options, styled
 
 if TYPE_CHECKING:
     from versioner_agent.locks import Presence
@@ -25,7 +25,7 @@ def status(as_json: bool, **options: Any) -> None:
     from versioner_agent.locks import FlusherLock  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
 
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     store = Store(settings.db, settings.busy_timeout)
     presence = FlusherLock(store.path).presence()
     try:

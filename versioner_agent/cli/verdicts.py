@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from versioner_agent.cli._common import RECORD_ID, echo_json, json_option, load_settings, settings_options
+from versioner_agent.cli._common import RECORD_ID, echo_json, json_option, outbox_settings, settings_options
 from versioner_agent.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def retry(ids: tuple[int, ...], all_failed: bool, out_of_order: bool, as_json: b
 
     if bool(ids) == all_failed:
         raise UsageError("give record ids, or --all-failed")
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     store = Store(settings.db, settings.busy_timeout)
     try:
         chosen = review.failed_ids(store) if all_failed else list(dict.fromkeys(ids))
@@ -57,7 +57,7 @@ def discard(ids: tuple[int, ...], yes: bool, as_json: bool, **options: Any) -> i
     from versioner_agent import review  # noqa: PLC0415
     from versioner_agent.storage import Store  # noqa: PLC0415
 
-    settings = load_settings(options)
+    settings = outbox_settings(options)
     store = Store(settings.db, settings.busy_timeout)
     try:
         return _report(review.discard(store, list(dict.fromkeys(ids)), pending_too=yes), as_json=as_json)
