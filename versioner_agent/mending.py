@@ -164,8 +164,6 @@ def _keep(path: str, name: str) -> None:
         os.link(path, name, follow_symlinks=False)
     except FileNotFoundError:
         return
-    except FileExistsError:
-        raise
     except OSError:
         with open(open_plain(path, follow=False), "rb") as source, open(create_beside(name), "wb") as copy:
             shutil.copyfileobj(source, copy)

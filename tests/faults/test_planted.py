@@ -219,11 +219,12 @@ def test_only_the_file_that_is_open_is_cut(tmp_path, planted):
 
 
 def test_whose_agent_is_there_is_not_read_through_a_link(tmp_path):
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"  " + b"12345".rjust(10) * 2)
-    (tmp_path / "outbox.db.flusher").symlink_to(victim)
+    """Opening what it leads to may be enough to do harm, as with a watchdog's device."""
+    with contextlib.closing(FlusherLock(str(tmp_path / "other"))) as other:
+        assert other.claim_agent()
+        (tmp_path / "outbox.db.flusher").symlink_to(other.path)
 
-    assert FlusherLock(str(tmp_path / "outbox.db")).presence().pid is None
+        assert not FlusherLock(str(tmp_path / "outbox.db")).presence().has_agent
 
 
 def test_a_new_outbox_is_not_built_through_a_link(tmp_path, monkeypatch):
