@@ -31,6 +31,7 @@ class Pretend:
         self.has_account = False
         self.states = {}  # unit -> ActiveState
         self.status_text = ""
+        self.sub_state = ""
         self.starts_as = "active"
         self.behind = set()  # units that systemd has not read again
         self.invocation = 0
@@ -81,6 +82,7 @@ class Pretend:
     def _show(self, names, unit):
         told = {
             "ActiveState": self.states.get(unit, "inactive"),
+            "SubState": self.sub_state,
             "StatusText": self.status_text,
             "NeedDaemonReload": "yes" if unit in self.behind else "no",
             "InvocationID": str(self.invocation),

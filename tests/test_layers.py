@@ -57,14 +57,14 @@ ALLOWED = {
     "loopback": set(),
     "shipped": set(),
     "machine": {"errors"},
-    "steps": {"creation", "errors"},
+    "steps": {"creation", "errors", "files"},
     "layout": {"config", "shipped", "units"},
     "program": {"errors", "units"},
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
     "reports": {"ledger", "outbox", "outcomes", "settling", "text"},
     "flusher": {
-        "chooser", "errors", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
+        "chooser", "errors", "files", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"files", "ledger", "locks"},

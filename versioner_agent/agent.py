@@ -19,7 +19,7 @@ from versioner_agent import binding, installed
 from versioner_agent.config import Settings
 from versioner_agent.creation import make_private_directory
 from versioner_agent.delivery import Sender
-from versioner_agent.errors import AgentError, LockHeld, OutboxBusy, OutboxFull
+from versioner_agent.errors import AgentError, LockHeld, OutboxBusy, OutboxError, OutboxFull
 from versioner_agent.files import size_of
 from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
@@ -82,7 +82,7 @@ class Agent:
         store = Store(self._settings.db, self._patience_s())
         lock = FlusherLock(store.path)
         ledger = Ledger(store)
-        ledger.at_length = partial(self._at_length, store.path)
+        ledger.at_length = partial(self._at_length, store)
         self._notifier.status(f"opening the outbox {store.path}")
         try:
             self._await_directory(os.path.dirname(store.path))
@@ -99,13 +99,25 @@ class Agent:
         return min(given, self._notifier.watchdog_s / (2 * PATIENCE) or given)
 
     @contextmanager
-    def _at_length(self, path: str, what: str) -> Iterator[None]:
+    def _at_length(self, store: Store, what: str) -> Iterator[None]:
+        """Let something take long, but for a signal that ends it."""
         self._notifier.status(what)
         size = 0
         with suppress(OSError):  # whoever opens it says why it can't be used
-            size = size_of(path)
-        with self._notifier.allowing(STEP_S + size / SLOWEST_BYTES_S):
-            yield
+            size = size_of(store.path)
+        store.is_told_to_stop = self._is_told_to_stop
+        try:
+            with self._notifier.allowing(STEP_S + size / SLOWEST_BYTES_S):
+                yield
+        except OutboxError as exc:
+            if self._signals:
+                raise OutboxBusy(f"{what}: ended by a signal") from exc
+            raise
+        finally:
+            store.is_told_to_stop = lambda: False
+
+    def _is_told_to_stop(self) -> bool:
+        return self._signals > 0
 
     def _await_directory(self, directory: str) -> None:
         """Wait for a directory whose disk may be mounted after we are started."""
@@ -122,10 +134,12 @@ class Agent:
             try:
                 act()
             except (OutboxFull, OutboxBusy) as exc:
+                if self._is_told_to_stop():
+                    return False
                 if not is_told:
                     logger.error("%s; trying again", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
-                    self._notifier.status(f"{exc.message}; trying again")
                     is_told = True
+                self._notifier.status(f"{exc.message}; trying again")
             else:
                 return True
             self._pause(RETRY_S)
@@ -162,7 +176,7 @@ class Agent:
             logger.warning("there is no API key yet: events wait (VERSIONER_API_KEY, api_key_file)")
         flusher = Flusher(ledger, sender, options, here, on_account=account.bind)
         self._flusher = flusher
-        vitals = Vitals(self._notifier, ledger, lock, self._files, self._key)
+        vitals = Vitals(self._notifier, ledger, lock, self._files, self._key, lambda: flusher.trouble)
         logger.info(
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
         )

@@ -125,6 +125,7 @@ OPTIONS = (
 )
 BY_KEY = {option.key: option for option in OPTIONS}
 ENV_CONFIG = "VERSIONER_AGENT_CONFIG"
+OWN_OUTBOX = "outbox.db"  # in the user's state directory, where nothing else is said
 
 
 class Settings(NamedTuple):
@@ -178,7 +179,7 @@ def load_from(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
     """Resolve, with the user's own outbox where none is named; raises ConfigError."""
     settings, problems = _resolved(flags, env, files)
     if settings.values["db"] is None:
-        settings.values["db"] = os.path.join(user_directory("state", env), "outbox.db")
+        settings.values["db"] = os.path.join(user_directory("state", env), OWN_OUTBOX)
         if not os.path.isabs(settings.db) and _is_complete(files):
             words = "there is no home directory to keep the outbox in"
             problems.append(Problem(words, hint="set HOME, or name it with --db"))

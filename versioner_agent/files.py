@@ -33,6 +33,9 @@ _WORDS = {
 
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
+#: Time of the last change (nanoseconds since 1970), size (bytes), and which file it is.
+Times = tuple[int, int, tuple[int, int]]
+
 _SAFELY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _UNLINKED = getattr(os, "O_NOFOLLOW", 0)
 _BESIDE = os.O_RDWR | _SAFELY | _UNLINKED
@@ -61,6 +64,15 @@ def changed_at(path: str) -> int | None:
         return os.stat(path).st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def times_of(path: str) -> Times | None:
+    """Return what changes with every commit, and when another file takes its place; None where it can't be seen."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, (found.st_dev, found.st_ino)
 
 
 def open_plain(path: str, *, follow: bool = True) -> int:

@@ -9,7 +9,6 @@ the backlog.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import random
 import threading
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 from versioner_agent.chooser import Chooser
 from versioner_agent.errors import OutboxDamaged, OutboxError
+from versioner_agent.files import Times, times_of
 from versioner_agent.ledger import Health, Ledger
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import STATE_OF, Outcome, no_answer
@@ -34,6 +34,7 @@ LOOK_S = 2.0  # how often the outbox is asked, whatever the file's times say
 REWRITE_S = 1.0  # pause before a commit that failed is tried again
 MAINTENANCE_S = 60.0
 MAX_CLOCK_SKEW_S = 86_400.0
+CONDEMNED_A_STEP = 10
 MEND_S = 60.0  # from one replacement of a damaged outbox to the next
 
 
@@ -92,8 +93,9 @@ class Flusher:
         self._unwritten: list[Settlement] = []
         self._rewrite_at = 0.0  # when those are tried again
         self._paused_until = 0.0  # where the outbox could not be used
+        self.trouble = ""  # why not
         self._busy: set[str] = set()
-        self._seen_file: tuple[int, int, tuple[int, int]] | None = None
+        self._seen_file: Times | None = None
         self._seen_version: int | None = None
         self._look_at = 0.0
         self._mend_at = 0.0
@@ -146,11 +148,13 @@ class Flusher:
                     self._dispatch(now)
                     self._maintain(now)
                 self._paused_until = 0.0
+                self.trouble = self.trouble if self._unwritten else ""
         except OutboxDamaged as exc:
             self._mend(exc, now)
         except OutboxError as exc:
             if not self._paused_until:  # once, however long it lasts
                 logger.error("%s; trying again", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
+            self.trouble = exc.message
             self._rewrite_at = self._paused_until = now + REWRITE_S
             self._chooser.look_again()  # a key may have been taken up and not sent
         if self._has_batches and not self._paused_until:
@@ -217,7 +221,7 @@ class Flusher:
 
     def _notice(self, now: float) -> None:
         """Look again for keys when another process has committed."""
-        file = _file_times(self._ledger.store.path)
+        file = times_of(self._ledger.store.path)
         if file == self._seen_file and now < self._look_at:
             return
         is_replaced = file is None or self._seen_file is None or file[2] != self._seen_file[2]
@@ -238,17 +242,21 @@ class Flusher:
     # --- sending
 
     def _dispatch(self, now: float) -> None:
-        while len(self._busy) < self._pace.limit(now):
+        condemned = 0
+        while len(self._busy) < self._pace.limit(now) and condemned < CONDEMNED_A_STEP:
             found = self._chooser.next(now, self._busy)
             if found is None:
                 return
             record, payload = found
             if not is_intact(record, payload):
                 self._condemn(record)
+                condemned += 1
                 continue
             self._busy.add(record.product_name)
             self._work.put((self._sender, record, payload))
             self._start_worker()
+        if condemned:
+            self.wake()  # there may be many, and a sign of life may be due between them
 
     def _condemn(self, record: Record) -> None:
         detail = "the record's digest does not fit: its content was altered on the disk; it was not sent"
@@ -389,11 +397,3 @@ class Flusher:
         if self._ledger.prune(wall - self._options.retention_days * 86_400):
             self._ledger.give_space_back()
             self._maintain_at = now + POLL_S
-
-
-def _file_times(path: str) -> tuple[int, int, tuple[int, int]] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, (found.st_dev, found.st_ino)

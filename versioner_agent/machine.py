@@ -37,8 +37,13 @@ class Machine(NamedTuple):
     is_image: bool = False  # what is below *root* runs elsewhere, or later
 
     def at(self, path: str) -> str:
-        """Return where the system's *path* is."""
-        return self.root + path
+        """Return where the system's *path* is; raises AgentError where a link on the way leads out of the root."""
+        place = self.root + path
+        if self.is_image:
+            inside, leads_to = os.path.realpath(self.root), os.path.realpath(os.path.dirname(place))
+            if not f"{leads_to}/".startswith(f"{inside}/"):
+                raise AgentError(f"{place} leads out of {self.root}, to {leads_to}", "make that link a relative one")
+        return place
 
     def systemctl(self, *words: str) -> Ran:
         """Run systemctl for this systemd, whatever comes of it."""
@@ -57,8 +62,8 @@ class Machine(NamedTuple):
         return self.must("systemctl", *(("--user",) if self.is_user else ()), *words)
 
     def shown(self, unit: str, *names: str) -> dict[str, str]:
-        """Return properties of *unit* by name; empty strings for what systemd does not tell."""
-        lines = self.systemctl("show", f"--property={','.join(names)}", unit).out.splitlines()
+        """Return properties of *unit* by name, empty strings for those it has not; raises AgentError."""
+        lines = self.must_systemctl("show", f"--property={','.join(names)}", unit).out.splitlines()
         told = dict(line.split("=", 1) for line in lines if "=" in line)
         return {name: told.get(name, "") for name in names}
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 
 from versioner_agent.creation import make_tables, sync_directory
 from versioner_agent.damage import Damage, examine, find, is_large, noted, recount, refuse_foreign
@@ -28,10 +29,10 @@ JOURNALS = ("-journal", "-wal", "-shm")
 ROWS_A_SIGN = 2000  # rows read from one sign of life to the next
 
 
-def ensure_sound(store: Store) -> Damage | None:
-    """Look for damage and mend it; for who starts to deliver. Raises as `mend` does."""
+def ensure_sound(store: Store, mend_it: Callable[[OutboxDamaged], Damage | None]) -> Damage | None:
+    """Look for damage and have it mended; for who starts to deliver. Raises as `mend` does."""
     damage = find(store)
-    mended = None if damage is None else mend(store, damage)
+    mended = None if damage is None else mend_it(damage)
     if not is_large(store):
         recount(store)
     return mended
@@ -133,6 +134,8 @@ def _build(store: Store, side: str, damage: Damage, before: int, live: frozenset
                 for number, row in enumerate(rows_of(store.path)):
                     found.take(row)
                     if number % ROWS_A_SIGN == 0:
+                        if store.is_told_to_stop():
+                            raise OutboxError("told to stop while mending; the damaged file is as it was")
                         os.utime(store.path, follow_symlinks=False)  # who waits to queue sees that we get on
             counts, ids = found.finish()
             unreadable = max(len(ids), before - sum(counts.values()))

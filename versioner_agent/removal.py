@@ -103,7 +103,8 @@ def _tell_what_stays(site: Site, work: Work, elsewhere: str | None) -> None:
 def _outbox_elsewhere(site: Site, env: Mapping[str, str]) -> str | None:
     """Return the configured outbox where it is not in the state directory."""
     with suppress(ConfigError):
-        path = os.path.realpath(str(settings_of(site, env).db))
+        given = str(settings_of(site, env).db)
+        path = os.path.realpath(site.machine.at(given) if site.machine.is_image else given)
         if not path.startswith(f"{os.path.realpath(site.machine.at(site.layout.state))}/"):
             return path
     return None

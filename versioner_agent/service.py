@@ -24,7 +24,7 @@ POLL_S = 0.2
 ACCOUNT = "versioner-agent"  # of sysusers.d
 _UP = ("active", "activating", "reloading")
 _BEHIND = "NeedDaemonReload"
-_PROPERTIES = ("ActiveState", "StatusText", "InvocationID", "ExecMainStartTimestampMonotonic")
+_PROPERTIES = ("ActiveState", "SubState", "StatusText", "InvocationID", "ExecMainStartTimestampMonotonic")
 
 
 class Site(NamedTuple):
@@ -111,7 +111,7 @@ def _declared(site: Site) -> list[units.Directory]:
 def _make_directories(site: Site, work: Work) -> None:
     machine = site.machine
     for entry in _declared(site):
-        path = machine.at(entry.path)
+        path = os.path.dirname(machine.at(f"{entry.path}/."))  # itself no link that leads out
         owner = machine.account(entry.user, entry.group) if entry.user and not machine.is_image else None
         whose = f" {entry.user}:{entry.group}" if entry.user else ""
         work.directory(path, entry.mode, owner, f"{entry.mode:04o}{whose}")
@@ -226,11 +226,12 @@ def wait_until_active(
         if state == "active" and shown["InvocationID"] != invocation:
             return
         is_new = shown["InvocationID"] != invocation
-        if (state == "failed" and is_new) or time.monotonic() >= end:
+        has_ended = state == "failed" or shown["SubState"] == "auto-restart"
+        if (has_ended and is_new) or time.monotonic() >= end:
             said = f": {shown['StatusText']}" if shown["StatusText"] else ""
             user = "--user " if machine.is_user else ""
             raise AgentError(
-                f"{shipped.SERVICE} did not become active, it is {state or 'unknown'}{said}",
+                f"{shipped.SERVICE} did not become active, it {'failed' if has_ended else f'is {state}'}{said}",
                 f"journalctl {user}-u versioner-agent -n 20",
             )
         pause(POLL_S)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from versioner_agent.creation import sync_directory
 from versioner_agent.errors import AgentError
+from versioner_agent.files import open_plain
 
 #: Actions -> (done, would do).
 WORDS = {
@@ -106,7 +107,7 @@ class Work:
 
 def content_of(path: str) -> bytes | None:
     """Return what is in a file; None where there is no file, or none that we may read."""
-    with suppress(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError), open(path, "rb") as file:
+    with suppress(OSError), open(open_plain(path), "rb") as file:
         return file.read()
     return None
 

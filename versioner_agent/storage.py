@@ -13,7 +13,7 @@ import errno
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from versioner_agent.locks import QUEUE_SUFFIX, WriteQueue
 
 DEFAULT_BUSY_TIMEOUT_S = 10.0
 PATIENCE = 3
+INSTRUCTIONS_A_LOOK = 1_000_000  # of SQLite's machine, some tens of milliseconds
 
 _TEXT = partial(str, encoding="utf-8", errors="replace")
 IDENTIFY = """
@@ -64,6 +65,8 @@ class Store:
         self.busy_timeout = busy_timeout
         #: So many times `busy_timeout` is waited where the writers before us get on.
         self.patience = PATIENCE
+        #: Ends a statement that takes long; an agent that is told to stop does not finish looking through a large file.
+        self.is_told_to_stop: Callable[[], bool] = lambda: False
         self._queue = WriteQueue(self.path + QUEUE_SUFFIX)
         #: The schema of the file that is open, and the oldest that may be.
         self.version = schema.VERSION
@@ -264,7 +267,14 @@ class Store:
     def _raw_connection(self) -> sqlite3.Connection:
         # mode=rw: SQLite itself must never make the file, it would choose the wrong mode.
         quoted = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        return sqlite3.connect(f"file:{quoted}?mode=rw", uri=True, timeout=self.busy_timeout, isolation_level=None)
+        connection = sqlite3.connect(
+            f"file:{quoted}?mode=rw", uri=True, timeout=self.busy_timeout, isolation_level=None
+        )
+        connection.set_progress_handler(self._ends_statement, INSTRUCTIONS_A_LOOK)
+        return connection
+
+    def _ends_statement(self) -> bool:
+        return self.is_told_to_stop()
 
     def _create(self, connection: sqlite3.Connection) -> None:
         """Make the tables, while holding the write queue, so that twenty first enqueues make one outbox."""

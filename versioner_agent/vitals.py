@@ -26,14 +26,19 @@ class Vitals:
         lock: FlusherLock,
         files: Watch,
         read_key: Callable[[], str | None],
+        trouble: Callable[[], str],
     ) -> None:
-        """Speak through *notifier* of what *ledger* holds; *read_key* gives the key as it is now."""
+        """Speak through *notifier* of what *ledger* holds; *read_key* gives the key as it is now.
+
+        *trouble* gives what keeps the outcome of deliveries from being recorded, empty where nothing does.
+        """
         self.reload_problem = ""
         self._notifier = notifier
         self._ledger = ledger
         self._lock = lock
         self._files = files
         self._read_key = read_key
+        self._trouble = trouble
         self._due = 0.0
         self._noted: str | None = None
 
@@ -57,6 +62,8 @@ class Vitals:
             words = headline(self._ledger.standing(), time.time(), has_key=has_key)
         except OutboxError as exc:
             words = f"{exc.message}; trying again"
+        else:
+            words += f"; {self._trouble()}; trying again" if self._trouble() else ""
         change = self._files.change()
         if change:
             words += f"; restart due: {change}"

@@ -125,3 +125,21 @@ def test_status_of_a_file_that_is_no_outbox_exits_1(cli, db, content):
     assert done.code == 1
     assert str(db) in done.err
     assert db.read_text() == content
+
+
+def test_events_in_an_outbox_that_nobody_empties_are_told(host_for, tmp_path):
+    """Queued before the host had an outbox for all, or while that was gone."""
+    host = host_for()
+    state = str(tmp_path / "home-state")
+    own = {"VERSIONER_AGENT_DB": "", "XDG_STATE_HOME": state}
+    assert host.run("enqueue", "build", "--product", "p", "--version", "1", **own).returncode == 0
+
+    told = host.run("status", XDG_STATE_HOME=state)
+    of_own = host.run("status", **own)
+
+    assert told.returncode == 0
+    path = f"{state}/versioner-agent/outbox.db"
+    assert told.stderr.decode() == (
+        f"warning: 1 events wait in your own outbox; with a key, `versioner-agent flush --db {path}` delivers them\n"
+    )
+    assert of_own.stderr == b""

@@ -543,3 +543,35 @@ def test_json_is_one_object_with_these_keys(tmp_path):
     assert {frozenset(step) for step in told["steps"]} == {frozenset({"action", "target", "changed", "detail"})}
     assert told["changed"] is True
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("link", ["etc/systemd", "var/lib/versioner-agent"])
+def test_nothing_is_written_out_of_an_image_through_a_link(tmp_path, link):
+    image, elsewhere = tmp_path / "image", tmp_path / "elsewhere"
+    (image / link).parent.mkdir(parents=True)
+    elsewhere.mkdir(mode=0o700)
+    (image / link).symlink_to(elsewhere)
+
+    done = command("service", "install", "--root", str(image))
+
+    assert done.returncode == 1
+    assert f"leads out of {image}".encode() in done.stderr
+    assert list(elsewhere.iterdir()) == []
+    assert elsewhere.stat().st_mode & 0o7777 == 0o700
+
+
+def test_a_pipe_in_the_place_of_a_configuration_holds_up_nothing(machine):
+    os.makedirs(machine.at("/etc/versioner-agent"))
+    os.mkfifo(machine.at("/etc/versioner-agent/config.toml"))
+
+    install(machine)
+
+
+def test_a_service_that_is_to_be_started_again_is_told_at_once(machine, monkeypatch):
+    """Its configuration can't be used: waiting for it would take as long as the patience."""
+    machine.starts_as = "activating"
+    machine.sub_state = "auto-restart"
+    machine.status_text = "configuration: nosuchkey"
+
+    with pytest.raises(AgentError, match="did not become active, it failed: configuration: nosuchkey"):
+        install(machine, now=True)

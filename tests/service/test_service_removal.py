@@ -289,3 +289,14 @@ def test_a_refusal_exits_2_and_says_how_many(tmp_path):
     assert done.returncode == 2
     assert b"1 pending, 0 failed, 0 exported" in done.stderr
     assert b"hint: " in done.stderr
+
+
+def test_nothing_is_removed_where_systemd_does_not_answer(machine):
+    """Else an agent that runs would be left without its outbox."""
+    before = tree(machine.root)
+    machine.fails["show"] = "Connection timed out"
+
+    with pytest.raises(AgentError, match="Connection timed out"):
+        uninstall(machine, purge=True, yes=True)
+
+    assert tree(machine.root) == before

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
+import sqlite3
 import subprocess
 import threading
 
@@ -16,8 +18,8 @@ from host import KEY, eventually
 from manager import Manager
 from scripted import accepted, refused
 
-from versioner_agent import agent, config
-from versioner_agent.locks import FlusherLock
+from versioner_agent import agent, config, mending, storage
+from versioner_agent.locks import FlusherLock, WriteQueue
 
 
 @pytest.fixture
@@ -276,3 +278,80 @@ def test_after_a_sleep_of_the_host_the_api_is_asked_at_once(host_for, serve, mon
 
     assert host.counts() == {"delivered": 1}
     assert len(server.requests) == 2
+
+
+# --- what it says last, and of trouble
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("concurrency = 'many'\n", "concurrency"), ("ca_bundle = '/mnt/late/ca.pem'\n", "can't read certificates from /mnt/late/ca.pem")],
+)  # fmt: skip
+def test_why_it_ended_is_what_it_said_last(host_for, manager, content, words):
+    host = host_for()
+    host.config.write_text(content)
+
+    process = host.start("run", **manager.env)
+
+    assert process.wait(30) == 3
+    manager.waiting()
+    last = [line for line in manager.lines() if line.startswith("STATUS=")][-1]
+    assert words in last
+    assert "READY=1" not in manager.lines()
+
+
+def test_an_outcome_that_can_not_be_recorded_is_told(host_for, serve, manager):
+    """A member of the group that holds the queue of writers keeps the agent waiting, and people should know."""
+    host = host_for(serve().url)
+    host.start("run", **manager.env, VERSIONER_AGENT_BUSY_TIMEOUT="0.1")
+    manager.until("READY=1")
+    with contextlib.closing(WriteQueue(host.path + ".queue")) as queue:
+        host.queue("payments")
+        assert queue.acquire(10)
+        manager.until("STATUS=up: 1 pending, 0 failed (API not asked yet); other writers kept the outbox")
+
+    manager.until("STATUS=up: 0 pending, 0 failed")
+
+
+def test_altered_records_leave_time_for_signs_of_life(host_for, manager):
+    host = host_for()
+    host.queue("payments", 300)
+    host.close_outbox()
+    with contextlib.closing(sqlite3.connect(host.path)) as connection, connection:
+        connection.execute("UPDATE record SET payload = CAST(payload || ' ' AS BLOB)")
+    process = host.start("run", **manager.env, WATCHDOG_USEC="1000")
+    manager.until("READY=1")
+
+    eventually(lambda: host.counts() == {"failed": 300})
+
+    assert host.end(process) == 0
+    assert [line for line in manager.waiting() and manager.lines() if line == "WATCHDOG=1"][20:]
+
+
+@pytest.mark.parametrize("when", ["looking", "mending"])
+def test_a_signal_ends_what_takes_long_and_leaves_the_file_as_it_was(host_for, manager, monkeypatch, when):
+    host = host_for()
+    host.queue("payments", 50)
+    host.close_outbox()
+    with open(host.path, "r+b") as file:
+        file.seek(os.path.getsize(host.path) - 4096)
+        file.write(b"\xff" * 4096)
+    before = pathlib.Path(host.path).read_bytes()
+    monkeypatch.setattr(storage, "INSTRUCTIONS_A_LOOK", 1)
+    monkeypatch.setattr(mending, "ROWS_A_SIGN", 1)
+    settings = config.resolve({"db": host.path, "api_url": "http://127.0.0.1:9"}, {}, [])
+    ending = agent.Agent(settings, manager.env, lambda: settings)
+    place, name = (storage.Store, "_ends_statement") if when == "looking" else (mending, "rows_of")
+    original = getattr(place, name)
+
+    def told_then(given):
+        if not ending._signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(given)
+
+    monkeypatch.setattr(place, name, told_then)
+
+    ending.run()
+
+    assert pathlib.Path(host.path).read_bytes() == before
+    assert "READY=1" not in [line for message in manager.waiting() for line in message]

@@ -26,6 +26,8 @@ def run(**options: Any) -> None:
     from versioner_agent import logs  # noqa: PLC0415
     from versioner_agent.agent import Agent  # noqa: PLC0415
     from versioner_agent.config import Settings  # noqa: PLC0415
+    from versioner_agent.errors import AgentError  # noqa: PLC0415
+    from versioner_agent.sdnotify import Notifier  # noqa: PLC0415
 
     def read() -> Settings:
         return load_settings(options | {"verbose": False})
@@ -34,6 +36,10 @@ def run(**options: Any) -> None:
         logs.configure(settings.log_format, "debug" if options["verbose"] else settings.log_level)
         logging.getLogger(__name__).debug("outbox %s (from %s)", settings.db, settings.sources["db"])
 
-    settings = read()
-    log_as_told(settings)
-    Agent(settings, os.environ, read, log_as_told).run()
+    try:
+        settings = read()
+        log_as_told(settings)
+        Agent(settings, os.environ, read, log_as_told).run()
+    except AgentError as exc:
+        Notifier(os.environ).status(exc.message)  # what `systemctl status` shows of one that ended
+        raise

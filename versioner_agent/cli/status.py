@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from versioner_agent.cli._common import echo, echo_json, json_option, outbox_settings, settings_options, styled
+from versioner_agent.text import printable
 
 if TYPE_CHECKING:
+    from versioner_agent.config import Settings
     from versioner_agent.locks import Presence
     from versioner_agent.review import Stats
 
@@ -26,6 +30,7 @@ def status(as_json: bool, **options: Any) -> None:
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
 
     settings = outbox_settings(options)
+    warning = _stranded(settings)
     store = Store(settings.db, settings.busy_timeout)
     presence = FlusherLock(store.path).presence()
     try:
@@ -39,6 +44,28 @@ def status(as_json: bool, **options: Any) -> None:
     else:
         for line in _lines(store.path, stats, presence, settings.api_url):
             echo(line)
+    if warning:
+        click.echo(printable(f"warning: {warning}"), err=True)
+
+
+def _stranded(settings: Settings) -> str:
+    """Say that events wait in the user's own outbox, which nobody empties where the host has one for all."""
+    from versioner_agent import review  # noqa: PLC0415
+    from versioner_agent.config import OWN_OUTBOX, user_directory  # noqa: PLC0415
+    from versioner_agent.errors import OutboxError  # noqa: PLC0415
+    from versioner_agent.storage import Store  # noqa: PLC0415
+
+    own = os.path.join(user_directory("state", os.environ), OWN_OUTBOX)
+    if not settings.is_explicit("db") or not os.path.isfile(own) or os.path.realpath(own) == settings.db:
+        return ""
+    with closing(Store(own, settings.busy_timeout)) as store:
+        try:
+            pending = review.stats(store).counts["pending"]
+        except OutboxError:
+            return ""
+    if not pending:
+        return ""
+    return f"{pending} events wait in your own outbox; with a key, `versioner-agent flush --db {own}` delivers them"
 
 
 def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str, Any]:
@@ -74,7 +101,7 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
 
 
 def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[str]:
-    from versioner_agent.text import age, printable  # noqa: PLC0415
+    from versioner_agent.text import age  # noqa: PLC0415
 
     now = time.time()
     notes = {
@@ -110,7 +137,7 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
 
 def _destination_lines(stats: Stats, api_url: str, now: float) -> list[str]:
     from versioner_agent.outcomes import ADVICE  # noqa: PLC0415
-    from versioner_agent.text import age, printable  # noqa: PLC0415
+    from versioner_agent.text import age  # noqa: PLC0415
 
     health = stats.health
     account = f" (account {stats.destination.account})" if stats.destination.account else ""
