@@ -772,3 +772,16 @@ def test_an_event_that_was_just_queued_is_no_leftover(bench, caplog):
         b.drain()
 
     assert "can't be found" not in caplog.text
+
+
+def test_many_altered_records_are_failed_in_steps(bench):
+    """The watchdog wants a sign of life between them, and a signal may have come."""
+    made = bench()
+    made.queue("a", 25)
+    with made.store.write() as connection:
+        connection.execute("UPDATE record SET payload = CAST(payload || ' ' AS BLOB)")
+
+    for failed in (10, 20, 25):
+        made.step()
+        assert made.states().get("failed") == failed
+    assert made.wire.sent == []
