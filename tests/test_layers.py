@@ -77,7 +77,7 @@ ALLOWED = {
         "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "review", "storage",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
-    "service": {"config", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
+    "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {
         "binding", "config", "errors", "files", "outbox", "outcomes", "privileges", "review", "service", "shipped", "steps", "storage", "text",
     },

@@ -248,9 +248,14 @@ def find_key(settings: Settings, env: Mapping[str, str]) -> Key:
         key = settings.api_key or ""
     if not key:
         return Key(None, source)
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        return Key(None, source, f"the API key in {source} holds characters that no key has")
+    if words := key_problem(key):
+        return Key(None, source, f"the API key in {source} {words}")
     return Key(key, source)
+
+
+def key_problem(key: str) -> str:
+    """Say why *key* can't be sent; empty where it can."""
+    return "" if key.isascii() and (key.isprintable() and " " not in key) else "holds characters that no key has"
 
 
 def _resolved(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> tuple[Settings, list[Problem]]:

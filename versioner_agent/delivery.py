@@ -207,7 +207,7 @@ def _proxy(given: str) -> Proxy:
     try:
         url = httpx.URL(given)
         if url.scheme not in ("http", "https") or not url.host or urlsplit(given).port == 0:
-            raise ConfigError([f"proxy: {place_of(given)} must be an http:// or https:// URL"])
+            raise ConfigError(["proxy: must be an http:// or https:// URL with a host"])
         auth = (unquote(url.username).encode(), unquote(url.password).encode()) if url.username else None
         return Proxy(str(url.copy_with(username=None, password=None, path="/", query=None, fragment=None)), auth)
     except (httpx.InvalidURL, ValueError, TypeError) as exc:

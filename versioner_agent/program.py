@@ -14,6 +14,7 @@ from versioner_agent.units import SHIPPED_PREFIX, SHIPPED_SCRIPT
 
 #: What ProtectHome=yes and PrivateTmp=yes of the unit hide.
 HIDDEN = ("/root", "/home", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # named, not used
+SYSTEM_PYTHON = "/usr/bin/python3"
 REMEDY = (
     "make it a place that a service can read: /usr/bin/python3 -m venv /opt/versioner-agent; "
     "install it with /opt/versioner-agent/bin/pip (umask 022), and use /opt/versioner-agent/bin/versioner-agent"
@@ -44,12 +45,18 @@ class Program(NamedTuple):
         def inside(path: str) -> str:
             return path.removeprefix(root) if f"{path}/".startswith(f"{root}/") else path
 
+        interpreter = () if len(self.command) == 1 else (self._interpreter_below(root),)
         return Program(
-            tuple(map(inside, self.command)),
+            (*interpreter, inside(self.command[-1])),
             inside(self.script),
             tuple(inside(place) for place in self.places),
             self.marker,
         )
+
+    def _interpreter_below(self, root: str) -> str:
+        """Return what runs an archive there: not the Python of the machine that makes the image."""
+        own = self.command[0]
+        return own.removeprefix(root) if own.startswith(f"{root}/") else SYSTEM_PYTHON
 
 
 def found() -> Program:

@@ -28,6 +28,8 @@ class Notifier:
         self._address = _address(env.get("NOTIFY_SOCKET", ""))
         self.watchdog_s = _watchdog_s(env) if self._address else 0.0  # 0: nobody watches
         self._is_ready = False
+        self._is_announced = False
+        self._patience_s = SEND_S
         self._due = 0.0
         self._told = ""
 
@@ -41,7 +43,7 @@ class Notifier:
         self._is_ready = True
         self._due = 0.0
         self._told = status
-        self._send("READY=1", f"STATUS={_line(status)}")
+        self._is_announced = self._send("READY=1", f"STATUS={_line(status)}")
 
     def reloading(self) -> None:
         """Say that the configuration is being read again."""
@@ -54,12 +56,13 @@ class Notifier:
 
     def status(self, words: str) -> None:
         """Say in one line how things are; the same line is not sent twice."""
-        if words != self._told:
+        if words != self._told and self._send(f"STATUS={_line(words)}"):
             self._told = words
-            self._send(f"STATUS={_line(words)}")
 
     def alive(self, now: float) -> None:
         """Give a sign of life when one is due, or ask for more time while not ready; *now* is monotonic seconds."""
+        if self._is_ready and not self._is_announced:
+            self._is_announced = self._send("READY=1")
         if now < self._due:
             return
         if not self._is_ready:
@@ -82,15 +85,19 @@ class Notifier:
             if self._is_ready and self.watchdog_s:
                 self._send(f"WATCHDOG_USEC={_microseconds(self.watchdog_s)}", "WATCHDOG=1")
 
-    def _send(self, *assignments: str) -> None:
+    def _send(self, *assignments: str) -> bool:
+        """Send one datagram; False where nobody took it. Who does not listen is waited for once."""
         if not self._address:
-            return
+            return True
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-                channel.settimeout(SEND_S)
+                channel.settimeout(self._patience_s)
                 channel.sendto("\n".join(assignments).encode("utf-8", "replace"), self._address)
         except OSError:
-            pass  # nobody listens any more: events are delivered all the same
+            self._patience_s = 0.0
+            return False  # events are delivered all the same
+        self._patience_s = SEND_S
+        return True
 
 
 def _address(given: str) -> str:

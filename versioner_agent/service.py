@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from versioner_agent import config, shipped, units
+from versioner_agent import config, configfile, shipped, units
 from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.layout import Layout
 from versioner_agent.machine import Machine
@@ -269,18 +269,12 @@ def check_key_is_named(site: Site, work: Work) -> None:
         work.warn(f'the key is read only where {path} says api_key_file = "{site.layout.key}"')
 
 
-def _configured(path: str, work: Work) -> dict[str, Any]:
+def _configured(path: str, work: Work) -> Mapping[str, Any]:
     """Return what a configuration file says; nothing for one that can't be read, of which it warns."""
-    content = content_of(path)
-    if content is None:
-        return {}
-    import tomllib  # only here
-
-    try:
-        return tomllib.loads(content.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        work.warn(f"{path} is not valid TOML ({exc}): the service will not start")
-        return {}
+    file = configfile.read_file(path)
+    if file.problem is not None:
+        work.warn(f"{file.problem}: the service will not start")
+    return file.content
 
 
 def _has_drop_in_for(site: Site, directory: str) -> bool:

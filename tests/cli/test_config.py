@@ -348,3 +348,33 @@ def test_stdin_without_end_is_no_configuration(host_for):
 
     assert done.returncode == 3
     assert b"which is no configuration file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("proxy = 'ftp://me:s3cret@h'", "proxy: must be an http:// or https:// URL with a host"),
+        ("proxy = 'http://me:s3cret@'", "proxy: must be an http:// or https:// URL with a host"),
+        ("ca_bundle = '/no/such.pem'", "ca_bundle: can't read certificates from /no/such.pem"),
+        ("api_url = 'https://xn--a'", "api_url: "),
+        ("api_url = 'https://999.999.1.1'", "api_url: "),
+    ],
+)
+def test_what_run_would_refuse_is_told_by_config_and_its_check(cli, path, line, words):
+    path.write_text(f"\n{line}\n")
+
+    for done in (cli("config"), cli("config", "--check", str(path)), cli("run")):
+        assert done.code == 3
+        assert words in done.err
+        assert "s3cret" not in done.err
+    assert f"{path}:2: " in cli("config").err
+
+
+def test_a_key_that_can_not_be_one_fails_the_check(cli, path):
+    path.write_text("api_key = 'two words'\n")
+    path.chmod(0o600)
+
+    done = cli("config", "--check", str(path))
+
+    assert done.code == 3
+    assert done.err == f"error: configuration: {path}:1: api_key: holds characters that no key has\n"

@@ -8,6 +8,7 @@ import os
 import pytest
 from manager import Manager
 
+from versioner_agent import sdnotify
 from versioner_agent.sdnotify import EXTEND_EVERY_S, Notifier
 
 
@@ -126,3 +127,20 @@ def test_what_everybody_can_see_holds_no_key_and_steers_no_terminal(manager):
     notifier.status("unknown key 'sk_acme_k2_s3cret' \x1b[31m")
 
     assert manager.waiting() == [["STATUS=unknown key 'sk_acme_***' \\x1b[31m"]]
+
+
+def test_ready_is_said_again_where_nobody_took_it(monkeypatch):
+    monkeypatch.setattr(sdnotify, "SEND_S", 0.05)
+    with contextlib.closing(Manager()) as manager:
+        notifier = Notifier({**manager.env, "WATCHDOG_USEC": "40000000"})
+        sent = 0
+        while notifier._send("STATUS=the queue is full"):
+            sent += 1
+
+        notifier.ready("up")
+        notifier.status("up: 1 pending")
+        manager.waiting()
+        notifier.alive(1.0)
+        notifier.status("up: 1 pending")
+
+        assert manager.waiting()[sent:] == [["READY=1"], ["WATCHDOG=1"], ["STATUS=up: 1 pending"]]

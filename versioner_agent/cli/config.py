@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -24,7 +25,7 @@ from versioner_agent.urls import proxy_for, without_password
 
 if TYPE_CHECKING:
     from versioner_agent.config import Key, Settings
-    from versioner_agent.configfile import File
+    from versioner_agent.configfile import File, Problem
 
 
 class Row(NamedTuple):
@@ -60,7 +61,9 @@ def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) ->
     if verbose or not as_json:
         for line in _looked_for(files, options["config"]):
             click.echo(printable(line), err=True)
-    settings = configuration.load_from(given_flags(options), os.environ, files)
+    flags = given_flags(options)
+    settings = configuration.load_from(flags, os.environ, files)
+    configuration.refuse(_unusable(settings, flags, os.environ, files))
     key = configuration.find_key(settings, os.environ)
     rows = _rows(settings, key, {file.name: file for file in files})
     if as_json:
@@ -77,13 +80,42 @@ def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) ->
 def _check(name: str, *, as_json: bool) -> int:
     file = _checked_file(name)
     problems = configuration.check(file)
+    if not problems:
+        settings = configuration.resolve({}, {}, [file])
+        problems = _unusable(settings, {}, {}, [file])
+        if words := configuration.key_problem(settings.api_key or ""):
+            problems.append(configuration.located("api_key", words, {}, {}, [file]))
     if as_json:
-        shown = [{"line": problem.line, "problem": mask_keys(problem.words)} for problem in problems]
+        shown = [
+            {"line": problem.line, "problem": mask_keys(problem.words), "hint": problem.hint} for problem in problems
+        ]
         echo_json({"file": file.name, "ok": not problems, "problems": shown})
         return ConfigError.exit_code if problems else 0
     configuration.refuse(problems)
     echo(f"{printable(file.name)}: ok")
     return 0
+
+
+def _unusable(settings: Settings, flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> list[Problem]:
+    """Return what else `run` would refuse: names that lead nowhere, certificates that can't be read."""
+    from versioner_agent.delivery import Sender, Target  # noqa: PLC0415
+    from versioner_agent.urls import proxy_for  # noqa: PLC0415
+
+    proxy = proxy_for(configuration.DEFAULT_API_URL, (settings.proxy, ""), {})
+    targets = {
+        "api_url": Target(settings.api_url),
+        "ca_bundle": Target(configuration.DEFAULT_API_URL, ca_bundle=settings.ca_bundle),
+        "proxy": Target(configuration.DEFAULT_API_URL, proxy=proxy),
+    }
+    problems = []
+    for key, target in targets.items():
+        if settings.is_explicit(key):
+            try:
+                Sender(target, lambda: None).close()
+            except ConfigError as exc:
+                words = exc.problems[0].removeprefix(f"{key}: ")
+                problems.append(configuration.located(key, words, flags, env, files))
+    return problems
 
 
 def _checked_file(name: str) -> File:
