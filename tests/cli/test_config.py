@@ -236,7 +236,10 @@ def test_a_bad_file_is_told_with_lines(cli, tmp_path):
     assert json.loads(as_json.out) == {
         "file": str(new),
         "ok": False,
-        "problems": [{"line": 2, "problem": words[0]}, {"line": 3, "problem": words[1]}],
+        "problems": [
+            {"line": 2, "problem": words[0], "hint": None},
+            {"line": 3, "problem": words[1], "hint": None},
+        ],
     }
 
 
