@@ -32,6 +32,7 @@ class Pretend:
         self.states = {}  # unit -> ActiveState
         self.status_text = ""
         self.sub_state = ""
+        self.environment = ""
         self.starts_as = "active"
         self.behind = set()  # units that systemd has not read again
         self.invocation = 0
@@ -83,6 +84,7 @@ class Pretend:
         told = {
             "ActiveState": self.states.get(unit, "inactive"),
             "SubState": self.sub_state,
+            "Environment": self.environment,
             "StatusText": self.status_text,
             "NeedDaemonReload": "yes" if unit in self.behind else "no",
             "InvocationID": str(self.invocation),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from types import MappingProxyType
 from typing import NamedTuple
 
 from versioner_agent import binding, config, review, shipped
@@ -90,11 +92,22 @@ def _from_stdin() -> bytes:
     return content
 
 
-def settings_of(site: Site, env: Mapping[str, str]) -> Settings:
-    """Return the settings that the service has: of its file alone, whatever *env* says. Raises ConfigError."""
+def unit_environment(site: Site) -> dict[str, str]:
+    """Return the variables that the unit, with its drop-ins, gives the service: a proxy may be named only there."""
+    if not site.machine.has_systemd:
+        return {}
+    try:
+        words = shlex.split(site.machine.shown(shipped.SERVICE, "Environment")["Environment"])
+    except ValueError:  # quoted in a way that only systemd knows
+        return {}
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def settings_of(site: Site, env: Mapping[str, str], unit: Mapping[str, str] = MappingProxyType({})) -> Settings:
+    """Return the settings that the service has: of its file and its *unit*, whatever *env* says. Raises ConfigError."""
     path = site.machine.at(site.layout.config)
     kept = {name: value for name, value in env.items() if name == "HOME" or name.startswith("XDG_")}
-    settings = config.load({}, {**kept, config.ENV_CONFIG: path})
+    settings = config.load({}, {**kept, **unit, config.ENV_CONFIG: path})
     if not settings.is_explicit("db"):
         settings.values["db"] = site.machine.at(os.path.join(site.layout.state, "outbox.db"))
     return settings

@@ -411,3 +411,16 @@ def test_a_configuration_that_does_not_name_the_key_is_told(tmp_path, monkeypatc
 
     assert done.returncode == 0
     assert b"api_key_file = " in done.stderr
+
+
+def test_a_proxy_that_only_the_unit_names_is_used_for_the_trial(machine):
+    """As a drop-in gives it, so that its password is in no file that everybody reads."""
+    machine.environment = 'VERSIONER_AGENT_CONFIG=/etc/x VERSIONER_AGENT_PROXY=http://me:pw@proxy:3128 "A=b c"'
+
+    unit = service_key.unit_environment(machine.site)
+    settings = service_key.settings_of(machine.site, {"HTTPS_PROXY": "http://shells:1"}, unit)
+
+    assert unit["A"] == "b c"
+    assert settings.proxy == "http://me:pw@proxy:3128"
+    machine.environment = '"not closed'
+    assert service_key.unit_environment(machine.site) == {}

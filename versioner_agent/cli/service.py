@@ -105,9 +105,11 @@ def set_key(source: str | None, user: bool, timeout: float, force: bool, dry_run
         key = service_key.checked(_asked("API key").encode(), "the terminal")
     else:
         key = service_key.read_given(source or "-")
-    settings = service_key.settings_of(site, os.environ)
+    unit = service_key.unit_environment(site)
+    settings = service_key.settings_of(site, os.environ, unit)
     work = _work(dry_run=dry_run, as_json=as_json)
-    verdict = service_key.set_key(site, work, key, settings=settings, env=os.environ, timeout=timeout, force=force)
+    env = {**os.environ, **unit}
+    verdict = service_key.set_key(site, work, key, settings=settings, env=env, timeout=timeout, force=force)
     shown, api = key_public_part(key), urls.origin_of(settings.api_url)
     if as_json:
         echo_json({"key": shown, "api": api, "verdict": verdict.word, "detail": verdict.detail, **work.summary()})
