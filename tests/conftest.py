@@ -113,6 +113,14 @@ def unprivileged():
 
 
 @pytest.fixture
+def reachable():
+    """A directory that every user can get to, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="versioner-agent-test-") as directory:
+        os.chmod(directory, 0o755)
+        yield pathlib.Path(directory)
+
+
+@pytest.fixture
 def child():
     """Start child processes; none outlives the test."""
     running = []

@@ -73,7 +73,7 @@ class Agent:
         installed.load_all()
         with handled_by(self._on_signal, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             while self._serve():
-                logger.warning("another disk lies over %s now: starting again there", self._settings.db)
+                logger.warning("another place lies at %s now: starting again there", self._settings.db)
 
     def _serve(self) -> bool:
         """Deliver from what lies at the outbox's path; True if something was mounted over it meanwhile."""
@@ -105,7 +105,7 @@ class Agent:
         size = 0
         with suppress(OSError):  # whoever opens it says why it can't be used
             size = size_of(store.path)
-        store.is_told_to_stop = self._is_told_to_stop
+        before, store.is_told_to_stop = store.is_told_to_stop, self._is_told_to_stop
         try:
             with self._notifier.allowing(STEP_S + size / SLOWEST_BYTES_S):
                 yield
@@ -114,7 +114,7 @@ class Agent:
                 raise OutboxBusy(f"{what}: ended by a signal") from exc
             raise
         finally:
-            store.is_told_to_stop = lambda: False
+            store.is_told_to_stop = before
 
     def _is_told_to_stop(self) -> bool:
         return self._signals > 0

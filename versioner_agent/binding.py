@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from versioner_agent import config, urls
 from versioner_agent.config import Settings
 from versioner_agent.delivery import Sender, Target
-from versioner_agent.errors import AgentError, OtherDestination
+from versioner_agent.errors import AgentError, ConfigError, OtherDestination
 from versioner_agent.flusher import Options
 from versioner_agent.ledger import Ledger
 from versioner_agent.outbox import Destination
@@ -43,7 +43,13 @@ def sending(settings: Settings, env: Mapping[str, str], account: Account) -> tup
     """Return a sender as configured, its options and where it sends to; raises ConfigError."""
     proxy = urls.proxy_for(settings.api_url, (settings.proxy, settings.no_proxy), env)
     target = Target(settings.api_url, settings.timeout, settings.ca_bundle, proxy)
-    sender = Sender(target, lambda: account.read_key(settings, env))
+    try:
+        sender = Sender(target, lambda: account.read_key(settings, env))
+    except ConfigError as exc:
+        if settings.proxy or not exc.problems[0].startswith("proxy: "):
+            raise
+        named = "the proxy that the environment names (HTTPS_PROXY, HTTP_PROXY or ALL_PROXY)"
+        raise ConfigError([exc.problems[0].replace("proxy:", named, 1)], exc.hint) from exc
     options = Options(**{name: settings.values[name] for name in Options._fields})
     return sender, options, configured(settings, env)
 

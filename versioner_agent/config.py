@@ -195,8 +195,8 @@ def read_files(env: Mapping[str, str], config: str | None = None) -> list[File]:
     own = os.path.join(user_directory("config", env), "config.toml")
     # Without a home the user's directories are relative: each place would have its own.
     found = [read_file(own)] if os.path.isabs(own) else []
-    if found and found[0].state == "unusable" and not _is_home_of_ours():
-        found = [File(own, state="not there")]  # after `sudo -E`, or in a container with a foreign HOME
+    if found and found[0].state == "closed" and not _is_home_of_ours():
+        found = [File(own, state="another user's")]  # after `sudo -E`, or in a container with a foreign HOME
     return [*found, read_file(SYSTEM_FILE)]
 
 
@@ -306,7 +306,7 @@ def refuse(problems: list[Problem]) -> None:
 
 
 def _is_complete(files: list[File]) -> bool:
-    return all(file.state != "unusable" for file in files)
+    return all(file.state not in ("closed", "unusable") for file in files)
 
 
 def _find(

@@ -37,7 +37,7 @@ class File(NamedTuple):
     name: str
     content: Mapping[str, Any] = MappingProxyType({})
     text: str = ""
-    state: Literal["read", "not there", "unusable"] = "read"
+    state: Literal["read", "not there", "another user's", "closed", "unusable"] = "read"
     problem: Problem | None = None
 
     def line_of(self, key: str) -> int | None:
@@ -54,7 +54,7 @@ def read_file(path: str) -> File:
     except FileNotFoundError:
         return File(path, state="not there")
     except OSError as exc:
-        return File(path, state="unusable", problem=Problem(f"can't read {path}: {exc.strerror or exc}"))
+        return File(path, state="closed", problem=Problem(f"can't read {path}: {exc.strerror or exc}"))
     return file_of(path, data, mode)
 
 

@@ -158,6 +158,8 @@ def access_hint(path: str, exc: Exception | None) -> str | None:
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)
+    if isinstance(exc, PermissionError) and os.getuid() == 0 != os.geteuid():
+        return f"root works here as uid {os.geteuid()}, which owns {directory} and must own what is in it too (chown)"
     if code == errno.ENOTDIR:
         return "name a file in a directory with --db or VERSIONER_AGENT_DB"
     if code == errno.EROFS:

@@ -207,7 +207,10 @@ class Ledger:
 
         def act(_step: int) -> None:
             with self.store.write() as connection:
-                connection.execute(CONDEMN, {"id": record.id, "digest": record.digest, "detail": detail, "now": now})
+                named = {"id": record.id, "digest": record.digest, "detail": detail, "now": now}
+                is_done = connection.execute(CONDEMN, named).rowcount > 0
+                if not is_done and connection.execute(IS_PENDING, (record.id,)).fetchone():
+                    raise self.store.suspected(f"the damaged record {record.id} can't be marked as such")
 
         self._step(act, 1)
 
@@ -315,6 +318,7 @@ CONDEMN = """
     UPDATE record SET state = 'failed', reason = 'damaged', detail = :detail, settled_at = :now, held_since = NULL
     WHERE id = :id AND state = 'pending' AND digest = :digest
 """
+IS_PENDING = "SELECT 1 FROM record WHERE id = ? AND state = 'pending'"
 SELECT_DESTINATION_ROW = """
     SELECT origin, account, state, reason, since, next_attempt_at, retry_at, deliveries
     FROM destination WHERE id = 1

@@ -250,6 +250,8 @@ def _check_configuration(site: Site, work: Work) -> None:
         return
     db = content.get("db")
     if not isinstance(db, str):
+        if not content and work.warnings:
+            return  # what it names is not known
         outbox = os.path.join(site.layout.state, "outbox.db")
         if os.path.lexists(site.machine.at(site.layout.config)):
             work.warn(f'{site.layout.config} names no `db`, so users queue elsewhere: add db = "{outbox}"')

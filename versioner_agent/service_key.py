@@ -142,7 +142,10 @@ def set_key(
 def _check_account(key: str, settings: Settings) -> None:
     """Raise OtherDestination where events wait for another account than the key's."""
     try:
-        with as_owner_of(os.path.dirname(settings.db)), closing(Store(settings.db, settings.busy_timeout)) as store:
+        with (
+            as_owner_of(os.path.dirname(os.path.realpath(settings.db))),
+            closing(Store(settings.db, settings.busy_timeout)) as store,
+        ):
             found = review.stats(store)
     except (OutboxMissing, OutboxError):
         return  # nothing is known of it; the agent checks again before it sends

@@ -143,10 +143,14 @@ def test_a_proxy_of_the_environment_is_a_note_without_its_password(cli, monkeypa
     assert "note" not in cli("config", "--proxy", "http://other:1").err
 
 
-def test_a_proxy_of_the_environment_that_is_no_url_is_no_failure(cli, monkeypatch):
-    monkeypatch.setenv("HTTPS_PROXY", "http://[proxy")
+@pytest.mark.parametrize("proxy", ["http://[proxy", "garbage://x:99999", "http://me:s3cret@"])
+def test_a_proxy_of_the_environment_that_run_would_refuse_is_told_as_such(cli, monkeypatch, proxy):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
 
-    assert cli("config").code == 0
+    for done in (cli("config"), cli("run")):
+        assert done.code == 3
+        assert "the proxy that the environment names (HTTPS_PROXY" in done.err
+        assert "s3cret" not in done.err
 
 
 def test_what_a_file_says_cannot_steer_the_terminal(cli, path):

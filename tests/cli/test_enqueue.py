@@ -6,9 +6,12 @@ import json
 import os
 import sqlite3
 import subprocess
+from contextlib import closing
 
 import pytest
 from host import COMMAND
+
+from versioner_agent.storage import Store
 
 BUILD = ("enqueue", "build", "--product", "payments", "--version", "1.2.3", "--completed-at", "2026-11-06T15:30:00Z")
 DEPLOYMENT = ("enqueue", "deployment", "--product", "payments", "--version", "1.2.3", "--environment", "production")
@@ -386,3 +389,17 @@ def test_a_directory_without_permission_exits_1(cli, unprivileged, mode):
     directory.chmod(0o700)
     assert done.code == 1
     assert "permission" in done.err.lower()
+
+
+def test_a_blank_key_does_not_hide_the_one_that_holds(host_for, tmp_path):
+    host = host_for()
+    host.queue("payments")
+    with closing(Store(host.path)) as store, store.write() as connection:
+        connection.execute("UPDATE destination SET account = 'other'")
+    host.config.write_text('api_key = "sk_acme_k1_secret"')
+    host.config.chmod(0o600)
+
+    done = host.run("enqueue", "build", "--product", "p", "--version", "1", VERSIONER_API_KEY=" ")
+
+    assert done.returncode == 3
+    assert host.counts() == {"pending": 1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -10,7 +12,7 @@ import sys
 import pytest
 from host import COMMAND
 
-import versioner_agent
+import versioner_agent.cli
 from versioner_agent.cli import COMMANDS
 
 SCRIPT = os.path.join(os.path.dirname(sys.executable), "versioner-agent")
@@ -214,3 +216,32 @@ def test_an_installation_whose_reader_leaves_is_finished(host_for, dead_pipe, tm
 
     assert done.returncode == 0
     assert (tmp_path / "image/etc/versioner-agent/config.toml").exists()
+
+
+def test_a_line_that_a_full_disk_did_not_take_is_not_the_last_one():
+    class Disk(io.StringIO):
+        is_full = True
+
+        def write(self, text):
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    disk = Disk()
+    stream = versioner_agent.cli._Sturdy(disk, OSError)
+
+    stream.write("lost")
+    disk.is_full = False
+    stream.write("said")
+
+    assert disk.getvalue() == "said"
+
+
+def test_a_reader_that_left_is_no_error_in_a_small_encoding_either(host_for, dead_pipe):
+    """Click writes past the text stream there."""
+    host = host_for()
+    host.queue("payments")
+
+    for command in (("list",), ("--help",)):
+        env = {**host.env, "PYTHONIOENCODING": "ascii"}
+        assert subprocess.run((*COMMAND, *command), stdout=dead_pipe, env=env, timeout=60, check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from host import eventually
@@ -143,3 +144,19 @@ def test_events_in_an_outbox_that_nobody_empties_are_told(host_for, tmp_path):
         f"warning: 1 events wait in your own outbox; with a key, `versioner-agent flush --db {path}` delivers them\n"
     )
     assert of_own.stderr == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have an outbox in the directory of another user")
+def test_they_are_told_to_root_too(host_for, tmp_path, reachable):
+    """The host's outbox belongs to the service's account, which can't look into root's home."""
+    host = host_for()
+    closed = tmp_path / "home"
+    closed.mkdir(mode=0o700)
+    own = {"VERSIONER_AGENT_DB": "", "XDG_STATE_HOME": str(closed)}
+    assert host.run("enqueue", "build", "--product", "p", "--version", "1", **own).returncode == 0
+    os.chown(reachable, 65534, 65534)
+
+    told = host.run("status", XDG_STATE_HOME=str(closed), VERSIONER_AGENT_DB=str(reachable / "outbox.db"))
+
+    assert told.returncode == 0
+    assert b"1 events wait in your own outbox" in told.stderr

@@ -8,6 +8,7 @@ import struct
 
 import pytest
 from accounts import OTHER_MEMBER, OWNER, why_not
+from crash import needs_strace
 
 from versioner_agent import Outbox, mending
 from versioner_agent.errors import OutboxError
@@ -92,37 +93,78 @@ def test_a_planted_journal_deletes_nothing_of_another_member(accounts):
 
 
 @needs_accounts
-def test_root_has_no_more_power_over_files_than_the_outboxs_owner(accounts):
-    """Whatever else SQLite, or a race, could be made to do."""
-    path = accounts.shared_directory("as-owner") / "outbox.db"
-    trace = accounts.place / "trace"
-    command = ("strace", "-f", "-e", "trace=setresuid,setresgid,setgroups,openat", "-o", str(trace))
-    done = accounts.run("root", path, *ENQUEUE, "1", before=command)
-    assert done.returncode == 0, done.stderr
+@needs_strace
+@pytest.mark.parametrize(
+    "command", [(*ENQUEUE, "1"), ("status",), ("retry", "9"), ("flush", "--timeout", "0"), ("doctor", "--deep")]
+)
+@pytest.mark.parametrize("state", ["new", "used", "damaged", "planted"])
+def test_root_has_no_more_power_over_files_than_the_outboxs_owner(accounts, tmp_path, command, state):
+    """Whatever else SQLite, or a race, could be made to do; and its program may be readable for root alone."""
+    path = accounts.shared_directory(f"as-owner-{state}-{command[0]}") / "outbox.db"
+    if state != "new":
+        accounts.run(OWNER, path, *ENQUEUE, "1")
+    if state == "damaged":
+        path.write_bytes(b"\0" * 8192)
+    if state == "planted":
+        path.with_name("outbox.db.queue").unlink()
+        path.with_name("outbox.db.queue").symlink_to(tmp_path)
+    trace = tmp_path / "trace"
+    watched = ("strace", "-f", "-e", "trace=setresuid,setresgid,setgroups,openat", "-o", str(trace))
+    done = accounts.run("root", path, *command, before=watched)
     calls = trace.read_text().splitlines()
     dropped = next(number for number, call in enumerate(calls) if "setresuid(-1, " in call)
-    opened = next(number for number, call in enumerate(calls) if "outbox.db" in call)
 
+    assert b"internal error" not in done.stderr
     assert "setgroups(0, " in "".join(calls[:dropped])
-    assert dropped < opened
-    assert path.stat().st_uid == path.parent.stat().st_uid
+    assert not [call for call in calls[:dropped] if "outbox.db" in call]
+    assert not [call for call in calls[dropped:] if ".py" in call and "ENOENT" not in call]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has power to give up")
-def test_power_is_given_up_for_a_block(tmp_path):
-    secret = tmp_path / "secret"
+@pytest.mark.parametrize("refused", ["setgroups", "setegid", "seteuid"])
+def test_root_without_the_capability_to_step_down_works_on(reachable, monkeypatch, refused):
+    os.chown(reachable, 65534, 65534)
+    before = (os.geteuid(), os.getegid(), os.getgroups())
+    original = getattr(os, refused)
+
+    def refuse(given):
+        if refused == "setgroups" or given != 0:
+            raise PermissionError(1, "Operation not permitted")
+        original(given)
+
+    monkeypatch.setattr(os, refused, refuse)
+    with as_owner_of(str(reachable)):
+        assert (os.geteuid(), os.getegid(), os.getgroups()) == before
+
+    assert (os.geteuid(), os.getegid(), os.getgroups()) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has power to give up")
+def test_a_directory_that_its_owner_can_not_get_to_is_used_by_root(tmp_path):
+    """As a container's root finds it, where a folder of the host is mounted below /root."""
+    place = tmp_path / "closed" / "work"
+    place.mkdir(parents=True)
+    place.parent.chmod(0o700)
+    os.chown(place, 65534, 65534)
+
+    with as_owner_of(str(place)):
+        assert os.geteuid() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has power to give up")
+def test_power_is_given_up_for_a_block(reachable):
+    secret = reachable / "secret"
     secret.touch(mode=0o600)
-    place = tmp_path / "place"
+    place = reachable / "place"
     place.mkdir()
     os.chown(place, 65534, 65534)
-    tmp_path.chmod(0o755)
     before = (os.geteuid(), os.getegid(), os.getgroups())
 
     with as_owner_of(str(place)):
         assert (os.geteuid(), os.getegid(), os.getgroups()) == (65534, 65534, [])
         with pytest.raises(PermissionError):
             secret.read_text()
-    with as_owner_of(str(tmp_path)), as_owner_of(str(tmp_path / "missing")):
+    with as_owner_of(str(reachable)), as_owner_of(str(reachable / "missing")):
         assert os.geteuid() == 0
 
     assert (os.geteuid(), os.getegid(), os.getgroups()) == before

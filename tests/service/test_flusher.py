@@ -785,3 +785,18 @@ def test_many_altered_records_are_failed_in_steps(bench):
         made.step()
         assert made.states().get("failed") == failed
     assert made.wire.sent == []
+
+
+def test_a_damaged_record_that_can_not_be_marked_is_mended(bench, caplog):
+    """One bit makes its digest another type, which no statement finds again: it would be tried for ever."""
+    made = bench()
+    made.queue("a", 2)
+    tamper(made.path, "UPDATE record SET digest = CAST(digest AS TEXT) WHERE id = ?", 1)
+
+    with caplog.at_level(logging.ERROR, "versioner_agent"):
+        made.step()
+        made.drain()
+
+    assert made.states().get("delivered", 0) >= 1
+    assert "pending" not in made.states()
+    assert caplog.text.count("was not sent") <= 1

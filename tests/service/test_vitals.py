@@ -251,7 +251,7 @@ def test_a_disk_mounted_over_the_place_later_is_delivered_from(host_for, serve, 
     eventually(lambda: "later" in [seen.event["product_name"] for seen in server.requests])
     status = json.loads(host.run("status", "--json", VERSIONER_AGENT_DB=path).stdout)
     assert status["counts"] == {"pending": 1, "delivered": 1, "failed": 0, "exported": 0, "discarded": 0}
-    assert process.log.read_text().count("another disk lies over") == 2
+    assert process.log.read_text().count("another place lies at") == 2
     assert host.end(process) == 0
 
 

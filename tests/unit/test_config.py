@@ -617,8 +617,17 @@ def test_a_home_of_nobody_or_of_another_user_has_no_settings_of_ours(unprivilege
     monkeypatch.setenv("HOME", home)
     monkeypatch.delenv("XDG_CONFIG_HOME")
 
-    assert config.read_files({})[0].state == "not there"
+    assert config.read_files({})[0].state == "another user's"
 
 
 def test_a_key_that_was_not_filled_in_is_none(tmp_path):
     assert load({}, {"VERSIONER_API_KEY": " "}, str(tmp_path / "none.toml")).api_key is None
+
+
+def test_a_broken_file_in_a_home_of_another_user_is_an_error_all_the_same(tmp_path, monkeypatch):
+    """It could be opened: whoever set HOME so means it, and it may name the outbox."""
+    monkeypatch.setattr(config, "_is_home_of_ours", lambda: False)
+    (tmp_path / "versioner-agent").mkdir()
+    write(tmp_path / "versioner-agent" / "config.toml", "log_level = info")
+
+    assert "not valid TOML" in problems_of(load, {}, {"XDG_CONFIG_HOME": str(tmp_path)})[0]

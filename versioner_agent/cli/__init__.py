@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -114,32 +114,45 @@ class _Sturdy:
     A reader that has seen enough is no error, and talk that nobody can hear must not keep an event from being queued.
     """
 
-    def __init__(self, stream: TextIO, loss: type[OSError]) -> None:
+    def __init__(self, stream: Any, loss: type[OSError]) -> None:
         self._stream = stream
         self._loss = loss
         self.is_lost = False
 
-    def write(self, text: str) -> int:
+    def write(self, text: Any) -> int:
         """Write as the stream does, or to nowhere."""
         try:
-            return self._stream.write(text)
-        except self._loss:
-            self._let_go()
+            return int(self._stream.write(text))
+        except self._loss as exc:
+            self._lose(exc)
             return len(text)
 
     def flush(self) -> None:
-        """Flush as the stream does; what it can't write is gone."""
+        """Flush as the stream does; what it can't write is gone, or is written with the next line."""
         try:
             self._stream.flush()
-        except self._loss:
-            self._let_go()
+        except self._loss as exc:
+            self._lose(exc)
+
+    @property
+    def buffer(self) -> _Sturdy:
+        """The bytes below, which click writes to where an encoding is too small."""
+        return _Sturdy(self._stream.buffer, self._loss)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _let_go(self) -> None:
-        self.is_lost = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+    def _lose(self, exc: OSError) -> None:
+        """Let go of a reader that has left; a disk may have room again by the next line."""
+        if isinstance(exc, BrokenPipeError):
+            self.is_lost = True
+            _to_nowhere(self._stream.fileno())
+
+
+def _to_nowhere(fd: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, fd)
+    os.close(nowhere)
 
 
 def _open_closed_streams() -> None:
@@ -205,6 +218,6 @@ def report(exc: AgentError) -> None:
 def _silence_stdout() -> None:
     """Point stdout at nothing, so that the interpreter's last flush has nothing to complain about."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere(sys.stdout.fileno())
     except (OSError, ValueError):
         sys.stdout = None

@@ -54,11 +54,16 @@ def load_settings(options: dict[str, Any]) -> Settings:
 def outbox_settings(options: dict[str, Any]) -> Settings:
     """Do the same for a command that opens the outbox: from here on root is no more than the outbox's owner."""
     settings = load_settings(options)
+    step_down_for(settings)
+    return settings
+
+
+def step_down_for(settings: Settings) -> None:
+    """Give up root's power where the outbox lies in somebody else's directory."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         from versioner_agent.privileges import become_owner_of  # noqa: PLC0415  # only for root
 
-        become_owner_of(os.path.dirname(settings.db))
-    return settings
+        become_owner_of(os.path.dirname(os.path.realpath(settings.db)))
 
 
 def given_flags(options: dict[str, Any]) -> dict[str, Any]:

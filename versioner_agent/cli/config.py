@@ -57,6 +57,8 @@ def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) ->
         if any(value is not None for value in options.values()):
             raise UsageError("--check looks at one file alone: leave out --config and the settings")
         return _check(checked, as_json=as_json)
+    from versioner_agent import binding  # noqa: PLC0415  # knows the API's side too
+
     files = configuration.read_files(os.environ, options["config"])
     if verbose or not as_json:
         for line in _looked_for(files, options["config"]):
@@ -64,6 +66,7 @@ def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) ->
     flags = given_flags(options)
     settings = configuration.load_from(flags, os.environ, files)
     configuration.refuse(_unusable(settings, flags, os.environ, files))
+    binding.sending(settings, os.environ, binding.Account(None))[0].close()
     key = configuration.find_key(settings, os.environ)
     rows = _rows(settings, key, {file.name: file for file in files})
     if as_json:

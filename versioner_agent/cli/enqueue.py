@@ -224,8 +224,7 @@ def _enqueue(valid: list[events.Event], options: dict[str, Any]) -> None:
 
 def _destination(settings: Settings) -> Destination | None:
     """Return where the caller explicitly means the event to go, None where nothing was said."""
-    key = os.environ.get("VERSIONER_API_KEY") or settings.api_key
-    account = key_account(key) if key else None
+    account = key_account(settings.api_key) if settings.api_key else None
     if settings.is_explicit("api_url"):
         from versioner_agent.urls import origin_of  # noqa: PLC0415  # 3 ms, only for who names an API
 

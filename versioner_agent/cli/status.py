@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from versioner_agent.cli._common import echo, echo_json, json_option, outbox_settings, settings_options, styled
+from versioner_agent.cli._common import (
+    echo,
+    echo_json,
+    json_option,
+    load_settings,
+    settings_options,
+    step_down_for,
+    styled,
+)
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
@@ -29,8 +37,9 @@ def status(as_json: bool, **options: Any) -> None:
     from versioner_agent.locks import FlusherLock  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
 
-    settings = outbox_settings(options)
+    settings = load_settings(options)
     warning = _stranded(settings)
+    step_down_for(settings)
     store = Store(settings.db, settings.busy_timeout)
     presence = FlusherLock(store.path).presence()
     try:
@@ -53,12 +62,13 @@ def _stranded(settings: Settings) -> str:
     from versioner_agent import review  # noqa: PLC0415
     from versioner_agent.config import OWN_OUTBOX, user_directory  # noqa: PLC0415
     from versioner_agent.errors import OutboxError  # noqa: PLC0415
+    from versioner_agent.privileges import as_owner_of  # noqa: PLC0415
     from versioner_agent.storage import Store  # noqa: PLC0415
 
     own = os.path.join(user_directory("state", os.environ), OWN_OUTBOX)
     if not settings.is_explicit("db") or not os.path.isfile(own) or os.path.realpath(own) == settings.db:
         return ""
-    with closing(Store(own, settings.busy_timeout)) as store:
+    with as_owner_of(os.path.dirname(own)), closing(Store(own, settings.busy_timeout)) as store:
         try:
             pending = review.stats(store).counts["pending"]
         except OutboxError:
