@@ -141,7 +141,7 @@ def test_events_in_an_outbox_that_nobody_empties_are_told(host_for, tmp_path):
     assert told.returncode == 0
     path = f"{state}/versioner-agent/outbox.db"
     assert told.stderr.decode() == (
-        f"warning: 1 events wait in your own outbox; with a key, `versioner-agent flush --db {path}` delivers them\n"
+        f"warning: 1 event waits in your own outbox; with a key, `versioner-agent flush --db {path}` delivers\n"
     )
     assert of_own.stderr == b""
 
@@ -159,4 +159,4 @@ def test_they_are_told_to_root_too(host_for, tmp_path, reachable):
     told = host.run("status", XDG_STATE_HOME=str(closed), VERSIONER_AGENT_DB=str(reachable / "outbox.db"))
 
     assert told.returncode == 0
-    assert b"1 events wait in your own outbox" in told.stderr
+    assert b"1 event waits in your own outbox" in told.stderr

@@ -75,7 +75,8 @@ def _stranded(settings: Settings) -> str:
             return ""
     if not pending:
         return ""
-    return f"{pending} events wait in your own outbox; with a key, `versioner-agent flush --db {own}` delivers them"
+    wait = "1 event waits" if pending == 1 else f"{pending} events wait"
+    return f"{wait} in your own outbox; with a key, `versioner-agent flush --db {own}` delivers"
 
 
 def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str, Any]:
