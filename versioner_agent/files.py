@@ -158,7 +158,7 @@ def access_hint(path: str, exc: Exception | None) -> str | None:
     if os.path.isdir(path):
         return "that is a directory: name a file in it with --db or VERSIONER_AGENT_DB"
     directory = os.path.dirname(path)
-    if isinstance(exc, PermissionError) and os.getuid() == 0 != os.geteuid():
+    if isinstance(exc, PermissionError) and _has_stepped_down() and os.access(directory, os.W_OK, effective_ids=True):
         return f"root works here as uid {os.geteuid()}, which owns {directory} and must own what is in it too (chown)"
     if code == errno.ENOTDIR:
         return "name a file in a directory with --db or VERSIONER_AGENT_DB"
@@ -170,6 +170,10 @@ def access_hint(path: str, exc: Exception | None) -> str | None:
         return f"check that {directory} exists and that you may use it"
     is_denied = isinstance(exc, PermissionError) or not os.access(directory, os.W_OK | os.X_OK)
     return f"check the permissions of {directory}" if is_denied else None
+
+
+def _has_stepped_down() -> bool:
+    return os.getuid() == 0 != os.geteuid()  # see `privileges`
 
 
 def _outside_of_group(path: str, exc: OSError) -> str | None:

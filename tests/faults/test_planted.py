@@ -289,3 +289,18 @@ def test_a_new_outbox_is_not_built_through_a_link(tmp_path, monkeypatch):
         mending.mend(store, store.damaged("for a test", inode_of(str(path))))
 
     assert victim.stat().st_size == 0
+
+
+@needs_accounts
+def test_roots_own_file_in_the_directory_of_another_is_told_with_the_remedy(accounts):
+    """As a backup leaves it that root put back."""
+    path = accounts.shared_directory("put-back") / "outbox.db"
+    assert accounts.run(OWNER, path, *ENQUEUE, "1").returncode == 0
+    for each in path.parent.iterdir():
+        os.chown(each, 0, 0)
+        each.chmod(0o600)
+
+    done = accounts.run("root", path, *ENQUEUE, "2")
+
+    assert done.returncode == 1
+    assert b"must own what is in it too (chown)" in done.stderr
