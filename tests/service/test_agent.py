@@ -314,3 +314,28 @@ def test_a_reload_cannot_change_the_outbox(host_for, serve):
 
     assert host.end(process) == 0
     assert not os.path.exists(f"{host.directory}/other.db")
+
+
+def test_a_refused_configuration_does_not_change_how_lines_look(host_for, serve):
+    host = host_for(serve().url)
+    process = host.agent()
+    host.config.write_text('log_format = "json"\nnosuchkey = 1\n')
+
+    process.send_signal(signal.SIGHUP)
+    eventually(lambda: "the old configuration stays" in process.log.read_text())
+    host.config.write_text('log_format = "json"\n')
+    process.send_signal(signal.SIGHUP)
+    eventually(lambda: "configuration read again" in process.log.read_text())
+
+    lines = process.log.read_text().splitlines()
+    assert lines[-1].startswith("{")
+    assert not [line for line in lines[:-1] if line.startswith("{")]
+
+
+def test_a_directory_that_is_a_file_is_not_waited_for(host_for, tmp_path):
+    (tmp_path / "file").touch()
+
+    done = host_for().run("run", VERSIONER_AGENT_DB=str(tmp_path / "file" / "outbox.db"))
+
+    assert done.returncode == 1
+    assert b"it would lie in a file, not in a directory" in done.stderr

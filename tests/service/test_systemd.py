@@ -364,6 +364,18 @@ def test_a_key_replaced_by_hand_is_taken_by_itself(site):
     site.machine.wait(lambda: site.status()["agent"]["key"] == "sk_acme_k2_…")
 
 
+def test_a_new_key_starts_nothing_that_somebody_stopped(site):
+    site.machine.run("systemctl", "stop", UNIT)
+    before = site.machine.show("versioner-agent-key.service", "InvocationID")
+
+    site.machine.run("install", "-m", "600", "/dev/stdin", KEY_FILE, input=site.key.encode())
+    site.machine.wait(lambda: site.machine.show("versioner-agent-key.service", "InvocationID") != before)
+    site.machine.wait(lambda: site.machine.show("versioner-agent-key.service", "ActiveState") == "inactive")
+
+    assert site.show("ActiveState") == "inactive"
+    site.machine.run("systemctl", "start", UNIT)
+
+
 def test_set_key_waits_for_the_verdict_and_keeps_a_key_that_works(site):
     refused = site.agent("service", "set-key", "-", input=f"sk_acme_k3_{SECRET}".encode(), check=False)
     assert refused.returncode == 4
