@@ -319,7 +319,7 @@ def test_a_reload_cannot_change_the_outbox(host_for, serve):
 def test_a_refused_configuration_does_not_change_how_lines_look(host_for, serve):
     host = host_for(serve().url)
     process = host.agent()
-    host.config.write_text('log_format = "json"\nnosuchkey = 1\n')
+    host.config.write_text('log_format = "json"\nca_bundle = "/no/such.pem"\n')
 
     process.send_signal(signal.SIGHUP)
     eventually(lambda: "the old configuration stays" in process.log.read_text())
