@@ -180,14 +180,14 @@ class Agent:
         logger.info(
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
         )
-        self._notifier.ready(vitals.line(has_key=self._key() is not None))
+        self._notifier.ready(vitals.line())
         try:
             while not self._signals and not lock.is_hidden():
                 flusher.run(lambda: self._is_interrupted(lock, vitals))
                 if self._wants_reload and not self._signals:
                     self._notifier.reloading()
                     sender = self._apply_reload(flusher, ledger, sender, account, vitals)
-                    self._notifier.ready(vitals.line(has_key=self._key() is not None))
+                    self._notifier.ready(vitals.line())
                 elif self._slept_s:
                     sender = self._resume(flusher, sender, account)
             if self._signals:

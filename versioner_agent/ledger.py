@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
-from versioner_agent import mending, migration, reserve, schema, settling
+from versioner_agent import mending, migration, reserve, settling
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
@@ -100,9 +100,7 @@ class Ledger:
 
     def migrate(self) -> str | None:
         """Bring the outbox to this program's schema; only while holding the flusher lock. See `migration.migrate`."""
-        with self.store.read():
-            pass  # reads the version
-        if self.store.version == schema.VERSION:
+        if not migration.is_due(self.store):
             return None
         with self.at_length("upgrading the outbox"):
             return migration.migrate(self.store)

@@ -26,9 +26,7 @@ def migrate(store: Store) -> str | None:
 
     Raises OutboxFull where the copy does not fit (nothing is changed then), OutboxError for a newer schema, OutboxBusy.
     """
-    with store.read():
-        pass  # reads the version
-    if store.version == schema.VERSION:
+    if not is_due(store):
         return None
     with store.translated(), store.turn():
         with store.read() as connection:
@@ -40,6 +38,13 @@ def migrate(store: Store) -> str | None:
             _upgrade(connection, version)
         store.disconnect()
     return kept
+
+
+def is_due(store: Store) -> bool:
+    """Tell whether the outbox is of another schema than this program's; raises OutboxError."""
+    with store.read():
+        pass  # reads the version
+    return store.version != schema.VERSION
 
 
 def _upgrade(connection: sqlite3.Connection, version: int) -> None:

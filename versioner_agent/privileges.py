@@ -14,7 +14,7 @@ from importlib import import_module
 #: What an outbox may need later: the owner may not be able to read our program, where root alone has it.
 _LATER = (
     "difflib", "fcntl", "grp", "pwd", "shutil", "threading", "unicodedata",
-    *(f"versioner_agent.{name}" for name in ("creation", "doctor", "flush", "mending", "migration", "review", "urls")),
+    *(f"versioner_agent.{name}" for name in ("creation", "mending", "review", "urls")),
 )  # fmt: skip
 
 

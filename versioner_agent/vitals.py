@@ -54,16 +54,17 @@ class Vitals:
             self._noted = shown
             self._lock.note_key(shown)
         if self._notifier.is_heard:
-            self._notifier.status(self.line(has_key=key is not None))
+            self._notifier.status(self.line())
 
-    def line(self, *, has_key: bool) -> str:
+    def line(self) -> str:
         """Say in one line how things are, and what a person has to do about it."""
+        trouble = self._trouble()
         try:
-            words = headline(self._ledger.standing(), time.time(), has_key=has_key)
+            words = headline(self._ledger.standing(), time.time(), has_key=self._read_key() is not None)
         except OutboxError as exc:
             words = f"{exc.message}; trying again"
         else:
-            words += f"; {self._trouble()}; trying again" if self._trouble() else ""
+            words += f"; {trouble}; trying again" if trouble else ""
         change = self._files.change()
         if change:
             words += f"; restart due: {change}"
