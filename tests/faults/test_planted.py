@@ -95,12 +95,24 @@ def test_a_planted_journal_deletes_nothing_of_another_member(accounts):
 @needs_accounts
 @needs_strace
 @pytest.mark.parametrize(
-    "command", [(*ENQUEUE, "1"), ("status",), ("retry", "9"), ("flush", "--timeout", "0"), ("doctor", "--deep")]
+    "command",
+    [
+        (*ENQUEUE, "1"),
+        ("status",),
+        ("status", "--json"),
+        ("list", "--json"),
+        ("show", "1"),
+        ("retry", "9"),
+        ("discard", "9"),
+        ("flush", "--timeout", "0"),
+        ("doctor", "--deep"),
+    ],
+    ids=" ".join,
 )
 @pytest.mark.parametrize("state", ["new", "used", "damaged", "planted"])
 def test_root_has_no_more_power_over_files_than_the_outboxs_owner(accounts, tmp_path, command, state):
     """Whatever else SQLite, or a race, could be made to do; and its program may be readable for root alone."""
-    path = accounts.shared_directory(f"as-owner-{state}-{command[0]}") / "outbox.db"
+    path = accounts.shared_directory(f"as-owner-{state}-{'-'.join(command)}") / "outbox.db"
     if state != "new":
         accounts.run(OWNER, path, *ENQUEUE, "1")
     if state == "damaged":
@@ -118,6 +130,7 @@ def test_root_has_no_more_power_over_files_than_the_outboxs_owner(accounts, tmp_
     assert "setgroups(0, " in "".join(calls[:dropped])
     assert not [call for call in calls[:dropped] if "outbox.db" in call]
     assert not [call for call in calls[dropped:] if ".py" in call and "ENOENT" not in call]
+    assert command[0] != "enqueue" or not [call for call in calls if "/httpx/" in call]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has power to give up")
