@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from versioner_agent.errors import ValidationError
@@ -62,8 +62,16 @@ def parse_object(text: str, name: str) -> dict[str, Any]:
     return values[0][1]
 
 
+#: Adds to the fields of an event of a kind what else is known of it.
+Completion = Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+
+
 def validate_all(
-    items: Iterable[tuple[str, Any]], kind: str | None = None, *, allow_unknown: bool = False
+    items: Iterable[tuple[str, Any]],
+    kind: str | None = None,
+    *,
+    allow_unknown: bool = False,
+    complete: Completion = lambda _, fields: fields,
 ) -> list[Event]:
     """Validate [(where, fields)] whose kind may have to be inferred; raises ValidationError with all problems."""
     events: list[Event] = []
@@ -73,7 +81,8 @@ def validate_all(
         try:
             if not isinstance(fields, dict):
                 raise ValidationError([f"must be a JSON object, not {json_type(fields)}"])
-            events.append(_infer_and_validate(fields, kind, allow_unknown=allow_unknown))
+            chosen, rest = _infer(fields, kind)
+            events.append(validate(chosen, complete(chosen, rest), allow_unknown=allow_unknown))
         except ValidationError as exc:
             problems += [prefix + problem for problem in exc.problems]
     if problems:
@@ -81,7 +90,8 @@ def validate_all(
     return events
 
 
-def _infer_and_validate(fields: dict[str, Any], kind: str | None, *, allow_unknown: bool) -> Event:
+def _infer(fields: dict[str, Any], kind: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the kind of an event and its fields without it; raises ValidationError."""
     named = fields.get("kind")
     rest = {name: value for name, value in fields.items() if name != "kind"}
     if named is not None and named not in KINDS:
@@ -93,7 +103,7 @@ def _infer_and_validate(fields: dict[str, Any], kind: str | None, *, allow_unkno
         chosen = "deployment" if rest.get("environment_name") is not None else "build"
         if chosen == "build":
             _refuse_half_a_deployment(rest)
-    return validate(chosen, rest, allow_unknown=allow_unknown)
+    return chosen, rest
 
 
 def _refuse_half_a_deployment(fields: dict[str, Any]) -> None:

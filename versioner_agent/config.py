@@ -116,6 +116,8 @@ OPTIONS = (
     _option("give_up_after", _number(0, 31_536_000), 3600.0, "Seconds that these answers must span at least."),
     _option("retention_days", _number(0, 36_500), 30.0, "Days that delivered and discarded records are kept."),
     _option("busy_timeout", _number(0.1, 600), 10.0, "Seconds to wait for other writers of the outbox."),
+    _option("gate_timeout", _number(0, 3600), 15.0, "Seconds a deployment's start waits for its verdict; 0 is never."),
+    _option("best_effort", _flag, False, "An outbox that can't be used never fails a job (true or false)."),
     _option("ca_bundle", _path, None, "File of certificates to trust instead of the system's store."),
     _option("proxy", _text, None, "Proxy URL; else the usual variables (HTTPS_PROXY …)."),
     _option("no_proxy", _any_text, None, "Hosts reached without a proxy, separated by commas."),

@@ -25,6 +25,8 @@ class Entry(NamedTuple):
 #: In the order of `--help`.
 COMMANDS = {
     "enqueue": Entry("enqueue", "enqueue", "Record an event in the local outbox."),
+    "track": Entry("track", "track", "Record an event with the official client's command."),
+    "exec": Entry("exec", "execute", "Run a command, and record its start and end."),
     "run": Entry("run", "run", "Deliver in the foreground until told to stop (the agent)."),
     "flush": Entry("flush", "flush", "Deliver what is pending now, then exit."),
     "status": Entry("status", "status", "Show the outbox and its destination at a glance."),
@@ -37,10 +39,36 @@ COMMANDS = {
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),
     "sandbox": Entry("sandbox", "sandbox", "Run a local server that speaks the event API."),
     "demo": Entry("demo", "demo", "See the whole story in ten seconds, without account or network."),
+    "version": Entry("version", "version", "Show the version."),
 }
 
 
-class LazyGroup(click.Group):
+#: Options that may stand before a command's name, and whether a value follows.
+EARLY = {
+    "-v": False, "--verbose": False, "--debug": False, "--json": False,
+    "--api-url": True, "--api-key": True, "--config": True, "--db": True, "--ui-url": True,
+}  # fmt: skip
+
+
+class EarlyGroup(click.Group):
+    """A group whose commands' options may stand before their names, as the official client's may."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Move them behind the name."""
+        return super().parse_args(ctx, _moved(args))
+
+
+def _moved(args: list[str]) -> list[str]:
+    at = 0
+    while at < len(args):
+        name, equals, _ = args[at].partition("=")
+        if name not in EARLY:
+            break
+        at += 2 if EARLY[name] and not equals else 1
+    return [args[at], *args[:at], *args[at + 1 :]] if at < len(args) else args
+
+
+class LazyGroup(EarlyGroup):
     """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -38,8 +38,12 @@ def settings_options(*keys: str) -> Callable[[Decorated], Decorated]:
 
 #: What a record's id can be: SQLite's integers from 1 on.
 RECORD_ID = click.IntRange(1, 2**63 - 1)
-#: The settings that `run` and `flush` take as flags: all that have one.
-DELIVERY_KEYS = tuple(option.key for option in config.OPTIONS if option.flag and option.key != "db")
+#: Settings that bear only on who queues.
+QUEUING_KEYS = ("gate_timeout", "best_effort")
+#: The settings that `run` and `flush` take as flags: all others that have one.
+DELIVERY_KEYS = tuple(
+    option.key for option in config.OPTIONS if option.flag and option.key not in ("db", *QUEUING_KEYS)
+)
 
 
 def load_settings(options: dict[str, Any]) -> Settings:
