@@ -322,7 +322,9 @@ def _check_timestamp(_kind: str, value: str) -> tuple[str, str]:
         datetime.fromisoformat(f"{date}T{minutes}:{checked}{offset.upper()}")
     except ValueError:
         return value, wrong
-    return f"{date}T{minutes}:{seconds}{fraction or ''}{offset.upper()}", ""
+    # One spelling for each time, the one in which the official client sends it (Go's RFC3339Nano).
+    fraction = (fraction or "").rstrip("0").rstrip(".")
+    return f"{date}T{minutes}:{seconds}{fraction}{'Z' if offset[1:] == '00:00' else offset.upper()}", ""
 
 
 _CHECKS: dict[str, Callable[[str, str], tuple[str, str]]] = {
