@@ -48,6 +48,7 @@ ALLOWED = {
     },
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
     "tls": {"errors"},
+    "checkout": {"values"},
     "network": set(),
     "delivery": {"errors", "network", "outcomes", "text", "tls", "urls"},
     "journal": set(),

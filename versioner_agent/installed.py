@@ -11,7 +11,7 @@ import versioner_agent
 
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({
-    "__main__", "ci", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine", "privileges",
+    "__main__", "checkout", "ci", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine", "privileges",
     "program", "removal", "sandbox", "service", "service_key", "shipped", "steps", "units",
 })  # fmt: skip
 #: What the standard library and ours load when they are first needed.
