@@ -268,7 +268,7 @@ def _check_field(field: Field, kind: str, value: Any, checked: dict[str, Any], p
     if value is None:
         return
     if field.type == "object":
-        problems += _metadata_problems(value)
+        problems += metadata_problems(value)
         if value:
             checked[field.name] = value
         return
@@ -322,7 +322,9 @@ def _check_timestamp(_kind: str, value: str) -> tuple[str, str]:
         datetime.fromisoformat(f"{date}T{minutes}:{checked}{offset.upper()}")
     except ValueError:
         return value, wrong
-    return f"{date}T{minutes}:{seconds}{fraction or ''}{offset.upper()}", ""
+    # One spelling for each time, the one in which the official client sends it (Go's RFC3339Nano).
+    fraction = (fraction or "").rstrip("0").rstrip(".")
+    return f"{date}T{minutes}:{seconds}{fraction}{'Z' if offset[1:] == '00:00' else offset.upper()}", ""
 
 
 _CHECKS: dict[str, Callable[[str, str], tuple[str, str]]] = {
@@ -332,7 +334,8 @@ _CHECKS: dict[str, Callable[[str, str], tuple[str, str]]] = {
 }
 
 
-def _metadata_problems(value: Any) -> list[str]:
+def metadata_problems(value: Any) -> list[str]:
+    """Say what keeps *value* from being extra_metadata; empty when it can be."""
     if not isinstance(value, dict):
         return [f"extra_metadata: must be a JSON object, not {json_type(value)}"]
     problems = tree_problems("extra_metadata", value)

@@ -192,6 +192,21 @@ def test_rfc_3339_time_is_taken(value):
 
 
 @pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (".500Z", ".5Z"), (".000Z", "Z"), (".0Z", "Z"), (".050Z", ".05Z"), (".100200300Z", ".1002003Z"), (".25z", ".25Z"),
+        ("+00:00", "Z"), ("-00:00", "Z"), (".500+00:00", ".5Z"), (".0-00:30", "-00:30"), ("+10:00", "+10:00"),
+        (".10+00:01", ".1+00:01"),
+    ],
+)  # fmt: skip
+def test_a_time_has_one_spelling(given, sent):
+    """The official client's: no zeros at the end of the fraction, and Z for no offset."""
+    event = events.validate("build", {**BUILD, "completed_at": f"2026-11-06T15:30:00{given}"})
+
+    assert event.fields["completed_at"] == f"2026-11-06T15:30:00{sent}"
+
+
+@pytest.mark.parametrize(
     "value",
     [
         "2026-11-06T15:30:00", "2026-11-06 15:30:00Z", "2026-11-06", "now", "1793491200", "2026-13-01T00:00:00Z",

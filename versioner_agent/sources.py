@@ -1,0 +1,116 @@
+"""Which source gives an event's field its value: what was given, then the environment, the CI system, git.
+
+Pure: every source comes in as an argument. What the variables are called, and which are not read, follows the official
+client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from versioner_agent import ci
+from versioner_agent.errors import ValidationError
+from versioner_agent.events import FIELDS_OF, Field, metadata_problems
+from versioner_agent.values import shown
+
+#: Kind -> fields whose variable the official client does not read.
+_NOT_READ = {"build": {"status"}, "deployment": {"status", "scm_branch", "build_url"}}
+#: As Go's strconv.ParseBool has them.
+_BOOLEANS = {
+    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
+}
+_SCM = ("scm_sha", "scm_branch", "scm_repository")
+
+
+class Filled(NamedTuple):
+    """An event's fields, not yet validated, and where those come from that were not given."""
+
+    fields: dict[str, Any]
+    #: Field -> variables, the CI system's name for automatic extra_metadata, or `git`.
+    sources: dict[str, str]
+
+
+def fill(
+    kind: str,
+    given: Mapping[str, Any],
+    env: Mapping[str, str],
+    detected: ci.Detected,
+    checkout: Mapping[str, str],
+) -> Filled:
+    """Fill what *given* leaves open of an event of *kind*, field by field; unknown names in *given* are kept.
+
+    A value that is null or blank leaves its field open; nothing but *given* has a `status`. Of *checkout*, all
+    or nothing is used, for builds outside CI: one source must tell commit, branch and repository.
+
+    Raises:
+        ValidationError: A variable does not hold what its field needs.
+    """
+    fields = dict(given)
+    sources: dict[str, str] = {}
+    detected_fields = ci.fields_of(kind, detected)
+    problems: list[str] = []
+    for name, field in FIELDS_OF[kind].items():
+        if not _is_open(field, given.get(name)):
+            continue
+        value, source = _from_environment(kind, field, env, problems)
+        if not source:
+            value, source = detected_fields.get(name, ("", ""))
+        if not _is_blank(value):
+            fields[name], sources[name] = value, source
+    if problems:
+        raise ValidationError(problems)
+    _add_metadata(fields, sources, detected)
+    if kind == "build" and not detected.system and all(_is_blank(fields.get(name)) for name in _SCM):
+        found = {name: checkout[name] for name in _SCM if name in checkout}
+        fields |= found
+        sources |= dict.fromkeys(found, "git")
+    return Filled(fields, sources)
+
+
+def variable_of(field: Field) -> str:
+    """Return the name of the environment variable for *field*, as the official client has it."""
+    return "VERSIONER_" + field.option.removeprefix("--").replace("-", "_").upper()
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_open(field: Field, value: Any) -> bool:
+    # Blank text is no object, and validation says so.
+    return value is None if field.type == "object" else _is_blank(value)
+
+
+def _from_environment(kind: str, field: Field, env: Mapping[str, str], problems: list[str]) -> tuple[Any, str]:
+    """Return (value, variable), both empty where it is not set; what is wrong with it goes into *problems*."""
+    variable = variable_of(field)
+    text = env.get(variable, "")
+    if field.name in _NOT_READ[kind] or _is_blank(text):
+        return "", ""
+    if field.type == "boolean":
+        if text not in _BOOLEANS:
+            problems.append(f"{variable}: must be true or false, not {shown(text)}")
+        return _BOOLEANS.get(text, ""), variable
+    if field.type == "object":
+        from versioner_agent.bodies import parse_object  # noqa: PLC0415  # only where there is JSON to read
+
+        try:
+            return parse_object(text, variable), variable
+        except ValidationError as exc:
+            problems += exc.problems
+            return "", variable
+    return text, variable
+
+
+def _add_metadata(fields: dict[str, Any], sources: dict[str, str], detected: ci.Detected) -> None:
+    """Put the automatic keys under the user's own, unless they alone make it too large."""
+    own = fields.get("extra_metadata")
+    if not detected.metadata or not (own is None or isinstance(own, dict)):
+        return
+    merged = {**detected.metadata, **(own or {})}
+    if not metadata_problems(merged):
+        fields["extra_metadata"] = merged
+        if own is None:
+            sources["extra_metadata"] = detected.system
