@@ -11,6 +11,7 @@ import click
 
 from versioner_agent import events
 from versioner_agent.cli._common import echo_json, json_option, outbox_settings, settings_options
+from versioner_agent.cli._notes import warn
 from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError, ValidationError
 from versioner_agent.outbox import Destination, Outbox, Receipt
@@ -217,9 +218,9 @@ def _enqueue(valid: list[events.Event], options: dict[str, Any]) -> None:
         from versioner_agent.cli import _silence_stdout  # noqa: PLC0415
 
         _silence_stdout()
-        click.echo(f"warning: queued, but the receipt can't be printed: {exc.strerror}", err=True)
+        warn(f"queued, but the receipt can't be printed: {exc.strerror}")
     for warning in dict.fromkeys(warning for receipt in receipts for warning in receipt.warnings):
-        click.echo(printable(f"warning: {warning}"), err=True)
+        warn(warning)
 
 
 def _destination(settings: Settings) -> Destination | None:
