@@ -19,7 +19,7 @@ from host import Child, Host, free_port  # found by the line above
 from recipes import copy_of_the_repository, follow, why_no_wheels
 from scripted import ScriptedServer
 
-from versioner_agent import Outbox
+from versioner_agent import Outbox, notices
 
 try:
     import hypothesis
@@ -55,6 +55,12 @@ def _own_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for kind in ("CONFIG", "STATE", "DATA", "CACHE"):
         monkeypatch.setenv(f"XDG_{kind}_HOME", str(tmp_path / f"xdg-{kind.lower()}"))
+
+
+@pytest.fixture(autouse=True)
+def _no_container(monkeypatch):
+    """Tests are run in containers too, whose file system is not what they are about."""
+    monkeypatch.setattr(notices, "_is_in_container", lambda _: False)
 
 
 @pytest.fixture

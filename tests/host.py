@@ -13,6 +13,7 @@ import time
 
 from versioner_agent import review
 from versioner_agent.locks import FlusherLock
+from versioner_agent.notices import LOST_WITH_CONTAINER
 from versioner_agent.outbox import Outbox
 from versioner_agent.storage import Store
 
@@ -67,10 +68,12 @@ class Host:
         return [self._outbox.enqueue(kind, {**event, "version": version}).id for version in versions]
 
     def run(self, *args, stdin=b"", within=60, **env):
-        """Run a command to its end."""
-        return subprocess.run(
+        """Run a command to its end; what it says of the container that the tests run in, if any, is left out."""
+        done = subprocess.run(
             (*COMMAND, *args), input=stdin, capture_output=True, timeout=within, env={**self.env, **env}, check=False
         )
+        done.stderr = done.stderr.replace(f"warning: {LOST_WITH_CONTAINER}\n".encode(), b"")
+        return done
 
     def json(self, *args):
         """Run a command with --json; returns one object per line."""

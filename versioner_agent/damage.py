@@ -113,7 +113,7 @@ def examine(store: Store, *, deep: bool) -> OutboxDamaged | None:
         if what := _header_problem(store.path):
             return store.damaged(what, inode)
         with store.read() as connection:
-            if store.version == schema.VERSION and not _tables(connection) >= _expected_tables():
+            if store.version <= schema.VERSION and not _tables(connection) >= _expected_tables(store.version):
                 return store.damaged("its tables are not as they were made", inode)
             if connection.execute("SELECT 1 FROM destination WHERE id = 1").fetchone() is None:
                 return store.damaged("the row of its destination is missing", inode)
@@ -141,14 +141,14 @@ def _tables(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
     return set(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall())
 
 
-def _expected_tables() -> set[tuple[str, ...]]:
+def _expected_tables(version: int) -> set[tuple[str, ...]]:
     with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
-        _make(fresh)
+        _make(fresh, version)
         return _tables(fresh)
 
 
-def _make(connection: sqlite3.Connection) -> None:
-    for statement in schema.statements():
+def _make(connection: sqlite3.Connection, version: int) -> None:
+    for statement in schema.statements(version):
         connection.execute(statement)
 
 
@@ -171,7 +171,7 @@ def refuse_foreign(store: Store) -> None:
 def _has_records(path: str) -> bool:
     """Tell whether a record in the file proves itself: then the file was an outbox, whatever it says."""
     with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
-        _make(fresh)
+        _make(fresh, schema.VERSION)
         salvage = Salvage(fresh)
         return any(salvage.proven(row) for row in rows_of(path))
 

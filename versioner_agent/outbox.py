@@ -29,6 +29,7 @@ from versioner_agent.batches import (
 from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.files import FLOOR_BYTES, ROOM_BYTES
 from versioner_agent.integrity import digest
+from versioner_agent.notices import Notices, Subject
 from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, Store
 
 LIVE_STATES = ("pending", "delivered", "exported")
@@ -91,6 +92,7 @@ class Outbox:
     ) -> None:
         """Name the file; *busy_timeout* (seconds) bounds every wait for other writers."""
         self.store = Store(path, busy_timeout)
+        self._notices = Notices(self.store)
         self._queued_by = queued_by or f"uid {os.getuid()}"
 
     def enqueue(
@@ -129,11 +131,12 @@ class Outbox:
             return []
         context = _Context(now, run_attempt, new, None)
         try:
-            return self._queue(chunks, context, destination)
+            receipts = self._queue(chunks, context, destination)
         except OutboxDamaged as found:
             warnings = self._mend(found)
-        first, *others = self._queue(chunks, context, destination)
-        return [first._replace(warnings=(*first.warnings, *warnings)), *others]
+            first, *others = self._queue(chunks, context, destination)
+            receipts = [first._replace(warnings=(*first.warnings, *warnings)), *others]
+        return self._with_notices(receipts, ready)
 
     def close(self) -> None:
         """Give the file back; using the outbox again opens it again."""
@@ -167,6 +170,14 @@ class Outbox:
             )
         mended = mending.mend(self.store, found)
         return () if mended is None else (f"the outbox was damaged: {mended}",)
+
+    def _with_notices(self, receipts: list[Receipt], ready: list[_Ready]) -> list[Receipt]:
+        """Add what the authors should know; the events are safe by now."""
+        subjects = [_subject(receipt, each.event) for receipt, each in zip(receipts, ready, strict=True)]
+        return [
+            receipt._replace(warnings=(*receipt.warnings, *said)) if said else receipt
+            for receipt, said in zip(receipts, self._notices.on(subjects), strict=True)
+        ]
 
     def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
         from versioner_agent import __version__  # noqa: PLC0415  # the package's name must be complete first
@@ -340,6 +351,13 @@ def _look_up(connection: sqlite3.Connection, ready: _Ready, context: _Context) -
         newest = connection.execute(FIND_NEWEST_OF_RUN, named).fetchone()
         live = [row for row in live if newest is not None and row[0] == newest[0]]
     return ((live[0][0], live[0][1]), occurrence) if live else (None, occurrence)
+
+
+def _subject(receipt: Receipt, event: events.Event) -> Subject | None:
+    """Return what notices are looked up by, None for a duplicate."""
+    if receipt.outcome != "queued":
+        return None
+    return Subject(receipt.id, receipt.product_name, receipt.version, event.fields.get("scm_sha"))
 
 
 def _receipt(outcome: str, record_id: int, event_id: str, event: events.Event, context: _Context) -> Receipt:

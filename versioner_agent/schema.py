@@ -130,10 +130,16 @@ TABLES = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
 )
 #: What leads from version 1 to 2, from 2 to 3, and so on. What an older `enqueue` writes must remain right after one.
-STEPS: tuple[tuple[str, ...], ...] = ()
+STEPS: tuple[tuple[str, ...], ...] = (
+    # To 2: what an author is told while queuing has to be found at once, however large the outbox (see `notices`).
+    (
+        "CREATE INDEX record_version ON record (product_name, version)",
+        "CREATE INDEX record_refused ON record (product_name) WHERE state = 'failed'",
+    ),
+)
 VERSION = 1 + len(STEPS)
 
 
-def statements() -> tuple[str, ...]:
-    """Return what makes an outbox of this version: the way every older one has gone."""
-    return (*TABLES, *(statement for step in STEPS for statement in step))
+def statements(version: int) -> tuple[str, ...]:
+    """Return what makes an outbox of *version*, 1…VERSION: the way every older one has gone."""
+    return (*TABLES, *(statement for step in STEPS[: version - 1] for statement in step))

@@ -16,7 +16,7 @@ from host import eventually
 from scripted import accepted
 from specimen import Specimen, records_of
 
-from versioner_agent import Outbox, damage, review
+from versioner_agent import Outbox, damage, review, schema
 from versioner_agent.errors import OutboxError
 from versioner_agent.ledger import Ledger
 from versioner_agent.storage import Store
@@ -139,11 +139,12 @@ def test_status_tells_of_damage_until_somebody_has_acknowledged_it(host):
 def test_doctor_says_that_a_newer_outbox_is_not_delivered_by_this_program(host):
     host.close()
     with contextlib.closing(sqlite3.connect(host.path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     done = host.run("doctor")
 
     assert done.returncode == 1
-    assert b"has schema 2, this versioner-agent knows 1; it is left as it is: events are queued and not" in done.stdout
+    told = f"has schema {schema.VERSION + 1}, this versioner-agent knows {schema.VERSION}; it is left as it is"
+    assert f"{told}: events are queued and not" in done.stdout.decode()
 
 
 def test_doctor_finds_damage_and_leaves_it_as_it_is(host):
