@@ -48,7 +48,8 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch, tmp_path):
-    """No test sees the settings, the CI system or the proxy of the host it runs on."""
+    """No test sees the settings, the CI system, the proxy or the git work tree of the host it runs on."""
+    monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
         if name.startswith(PREFIXES) or name in NAMES or name.lower() in PROXIES:
             monkeypatch.delenv(name)

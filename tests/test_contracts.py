@@ -54,12 +54,13 @@ def test_every_command_and_option_is_in_readme(path):
 
 
 def test_settings_agree_between_table_flags_and_readme():
-    run = {word for option in commands()["run"].params for word in option.opts}
+    found = commands()
+    offered = {word for name in ("run", "track deployment") for option in found[name].params for word in option.opts}
     for option in config.OPTIONS:
         flag = f"`{option.flag}`" if option.flag else "none: it would show in `ps`"
 
         assert f"| `{option.key}` | {flag} | `{option.env}` |" in README
-        assert not option.flag or option.flag in run
+        assert not option.flag or option.flag in offered
     assert len(re.findall(r"^\| `\w+` \| [^|]+ \| `VERSIONER_", README, re.MULTILINE)) == len(config.OPTIONS)
 
 
@@ -117,8 +118,10 @@ def test_every_error_of_the_http_library_has_words():
     assert leaves - timeouts - named <= {httpcore.ConnectionNotAvailable}
 
 
-def test_delivery_takes_all_settings_that_have_a_flag():
-    assert {"db", *_common.DELIVERY_KEYS} == {option.key for option in config.OPTIONS if option.flag}
+def test_delivery_and_queuing_take_all_settings_that_have_a_flag():
+    assert {"db", *_common.DELIVERY_KEYS, *_common.QUEUING_KEYS} == {
+        option.key for option in config.OPTIONS if option.flag
+    }
 
 
 def test_readme_has_exactly_two_set_up_commands():

@@ -17,6 +17,8 @@ from versioner_agent.values import shown
 
 #: How much of a commit's id becomes the version (characters).
 SHORT_SHA = 8
+#: A user's name in a remote's URL that is this long (characters) is taken for a token.
+LEAST_TOKEN = 20
 
 
 class Detected(NamedTuple):
@@ -74,12 +76,13 @@ def _jenkins_product(url: str) -> str:
 
 
 def _without_password(url: str) -> str:
-    """Return *url* without `user:password@`; a user alone stays, for the official client sends it.
+    """Return *url* without `user:password@`, or a token in their place; a user alone stays: the official client sends it.
 
     Up to the last `@` before the path, as curl reads it: a password may hold one itself. Without a scheme, a colon
     behind the first `@` begins a path (`git@host:owner/repo`).
     """
-    return re.sub(r"\A(?:([^/@]*://+)|(?=[^/@]*:))[^/:]*:[^/]*@", r"\1", url)
+    url = re.sub(r"\A(?:([^/@]*://+)|(?=[^/@]*:))[^/:]*:[^/]*@", r"\1", url)
+    return re.sub(rf"\A([^/@:]*://+)[^/@]{{{LEAST_TOKEN},}}@", r"\1", url)
 
 
 #: In the order in which they are looked for.

@@ -36,7 +36,7 @@ def as_the_official_client_has_it(payload, expected):
         body["extra_metadata"] = metadata
     if "deploy_url" in expected:
         body.pop("build_url", None)
-    if expected.get("source_system") == "unknown":
+    if expected["source_system"] == "unknown":
         body["source_system"] = "unknown"
     return body
 
@@ -58,11 +58,11 @@ def random_environment(dice):
     word, env = random_values(dice), {}
     for system in dice.sample(list(official.MARKS), dice.choice((0, 1, 1, 1, 2, 3, 8))):
         env[official.MARKS[system][0]] = official.MARKS[system][1]
-    for system in official.MARKS:
-        for name in official.variables_of(system):
-            if dice.random() < 0.6:
-                is_repository = "REPO" in name or "GIT_URL" in name or "PATH" in name
-                env.setdefault(name, dice.choice(REPOSITORIES) if is_repository and dice.random() < 0.8 else word())
+    signs = {sign for sign, _ in official.MARKS.values()}
+    for name in official.variables():
+        if name not in signs and dice.random() < 0.6:
+            is_repository = "REPO" in name or "GIT_URL" in name or "PATH" in name
+            env[name] = dice.choice(REPOSITORIES) if is_repository and dice.random() < 0.8 else word()
     names = {option for options in official.STRING_OPTIONS.values() for option in options}
     for option in (*names, "product", "version", "environment", "status"):
         if dice.random() < 0.15:

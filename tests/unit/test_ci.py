@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-import oracle_ci
+import official
 import pytest
 
 from versioner_agent import ci, events
@@ -131,7 +131,7 @@ ATTEMPTS = {
     "bitbucket": "{s}:", "azure-devops": ":1:g", "travis": "31", "rundeck": "https://rundeck.example:0",
 }  # fmt: skip
 
-VARIABLES = oracle_ci.variables()
+VARIABLES = official.variables()
 #: Hard for one variable or another.
 VALUES = [
     "", "", "true", "True", "1", "x", SHA, SHA[:7], "acme/payments", "acme/a/b", "acme", "/", "a/", "/b", "wide ünïcode",
@@ -196,7 +196,7 @@ def test_any_environment_is_read_as_the_official_client_does(kind, seed):
         detected = ci.detect(env)
 
         found = (detected.system, values_of(kind, env), detected.metadata, detected.run_attempt)
-        assert found == oracle_ci.expected(kind, env), env
+        assert found == official.expected(kind, env), env
 
 
 @pytest.mark.parametrize("env", [{}, {"CI": "true"}, dict.fromkeys(VARIABLES, "")], ids=["none", "CI", "empty"])
@@ -244,13 +244,14 @@ def test_of_several_systems_the_first_of_the_table_is_it():
 def test_jenkins_repository_is_normalized_as_the_official_client_does(url, sent):
     env = {**ENVIRONMENTS["jenkins"], "GIT_URL": url}
 
-    assert values_of("build", env)["scm_repository"] == oracle_ci.expected("build", env)[1]["scm_repository"] == sent
+    assert values_of("build", env)["scm_repository"] == official.expected("build", env)[1]["scm_repository"] == sent
 
 
 @pytest.mark.parametrize(
     ("url", "sent"),
     [
         ("https://jane:s3cret@git.example/acme/payments.git", "git.example/acme/payments"),
+        ("https://ghp_s3cretofthirtysixcharacters@git.example/acme/payments.git", "git.example/acme/payments"),
         ("https://:s3cret@git.example/acme/payments.git", "git.example/acme/payments"),
         ("https://jane:@git.example/acme/payments.git", "git.example/acme/payments"),
         ("https://jane:s3@cret@git.example:8443/acme/payments", "git.example/8443/acme/payments"),

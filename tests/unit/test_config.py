@@ -28,6 +28,8 @@ SAMPLES = {
     "give_up_after": [1.0, 2.0, 3.0, 5.0],
     "retention_days": [1.0, 2.0, 3.0, 5.0],
     "busy_timeout": [1.0, 2.0, 3.0, 5.0],
+    "gate_timeout": [0.0, 1.0, 2.0, 3.0],
+    "best_effort": [True, True, True, True],
     "ca_bundle": [f"/ca/{n}.pem" for n in "abcd"],
     "proxy": [f"http://{n}:3128" for n in "abcd"],
     "no_proxy": list("abcd"),
@@ -38,6 +40,7 @@ SAMPLES = {
 DEFAULTS = {
     "api_url": "https://api.versioner.io", "concurrency": 4, "timeout": 30, "max_backoff": 120,
     "max_event_attempts": 20, "give_up_after": 3600, "retention_days": 30, "busy_timeout": 10,
+    "gate_timeout": 15, "best_effort": False,
     "allow_insecure_http": False, "log_format": "text", "log_level": "info",
 }  # fmt: skip
 

@@ -85,24 +85,28 @@ def detection_option(function: Decorated) -> Decorated:
     return click.option("--no-detect", is_flag=True, help="Take nothing from the CI system or git.")(function)
 
 
-def queue_options(function: Decorated) -> Decorated:
-    """Offer what bears on queuing and waiting."""
-    function = json_option(function)
-    function = settings_options("busy_timeout", "api_url")(function)
-    function = click.option(
-        "--best-effort", is_flag=True, help="Exit 0 with a warning where the outbox can't be used."
-    )(function)
-    function = detection_option(function)
-    function = click.option(
-        "--wait",
-        "wait_s",
-        cls=Bare,
-        bare=f"{WAIT_S:g}",
-        type=click.FloatRange(min=0, max=86_400),
-        metavar="[=SECONDS]",
-        help=f"Wait for the API's verdict, {WAIT_S:g} s unless SECONDS are given.",
-    )(function)
-    return click.option("--new", is_flag=True, help="Queue it even if it repeats an event of its run.")(function)
+def queue_options(*keys: str) -> Callable[[Decorated], Decorated]:
+    """Offer what bears on queuing and waiting, the settings *keys* among it."""
+
+    def decorate(function: Decorated) -> Decorated:
+        function = json_option(function)
+        function = settings_options("busy_timeout", "api_url", *keys)(function)
+        function = click.option(
+            "--best-effort", is_flag=True, default=None, help="Exit 0 with a warning where the outbox can't be used."
+        )(function)
+        function = detection_option(function)
+        function = click.option(
+            "--wait",
+            "wait_s",
+            cls=Bare,
+            bare=f"{WAIT_S:g}",
+            type=click.FloatRange(min=0, max=86_400),
+            metavar="[=SECONDS]",
+            help=f"Wait for the API's verdict, {WAIT_S:g} s unless SECONDS are given.",
+        )(function)
+        return click.option("--new", is_flag=True, help="Queue it even if it repeats an event of its run.")(function)
+
+    return decorate
 
 
 class Prepared(NamedTuple):
@@ -129,6 +133,8 @@ def prepare(kind: str, options: dict[str, Any]) -> Prepared:
         given["status"] = _tried(problems, lambda: ci.job_status(os.environ, found)) or "completed"
     filled = _tried(problems, lambda: sources.fill(kind, given, os.environ, found, checkout(kind, found, options)))
     fields = filled.fields if filled is not None else given
+    if fields.get("skip_preflight_checks") is False:
+        del fields["skip_preflight_checks"]  # the official client sends it only where it is true
     event = _tried(problems, lambda: events.validate(kind, fields))
     if problems or event is None:
         raise ValidationError(problems)

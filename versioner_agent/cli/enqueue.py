@@ -17,7 +17,7 @@ from versioner_agent.cli._spelling import SpelledCommand
 def _build() -> click.Command:
     @click.command(cls=SpelledCommand)
     @event_options("build")
-    @queue_options
+    @queue_options()
     def build(**options: Any) -> int:
         """Record a build.
 
@@ -33,7 +33,7 @@ def _build() -> click.Command:
 def _deployment() -> click.Command:
     @click.command(cls=SpelledCommand)
     @event_options("deployment")
-    @queue_options
+    @queue_options()
     def deployment(**options: Any) -> int:
         """Record a deployment.
 
@@ -51,7 +51,7 @@ def _json() -> click.Command:
     @click.argument("file", default="-", metavar="[FILE|-]")
     @click.option("--kind", type=click.Choice(events.KINDS), help="What the events are, where they don't say it.")
     @click.option("--allow-unknown-fields", is_flag=True, help="Send fields that the API documentation does not name.")
-    @queue_options
+    @queue_options()
     def from_json(**options: Any) -> int:
         """Record events given as the API's own JSON bodies: one object, an array, or JSON lines; all or nothing.
 

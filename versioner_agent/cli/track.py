@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from versioner_agent.cli import _events, _notes
-from versioner_agent.cli._common import settings_options
 from versioner_agent.cli._events import Decorated, Kinds, event_options, queue_options, truth_option
 from versioner_agent.cli._spelling import SpelledCommand, truth_of
 from versioner_agent.errors import UsageError
@@ -38,7 +37,7 @@ def _build() -> click.Command:
     @click.command(cls=SpelledCommand)
     @event_options("build")
     @_official_options
-    @queue_options
+    @queue_options()
     def build(**options: Any) -> int:
         """Record a build, as `versioner track build` does; returns at once.
 
@@ -54,8 +53,7 @@ def _deployment() -> click.Command:
     @click.command(cls=SpelledCommand)
     @event_options("deployment")
     @_official_options
-    @settings_options("gate_timeout")
-    @queue_options
+    @queue_options("gate_timeout")
     def deployment(**options: Any) -> int:
         """Record a deployment, as `versioner track deployment` does.
 
