@@ -76,7 +76,7 @@ def _jenkins_product(url: str) -> str:
 
 
 def _without_password(url: str) -> str:
-    """Return *url* without `user:password@`, or a token in their place; a user alone stays: the official client sends it.
+    """Return *url* without `user:password@` or a token; a user alone stays, for the official client sends it.
 
     Up to the last `@` before the path, as curl reads it: a password may hold one itself. Without a scheme, a colon
     behind the first `@` begins a path (`git@host:owner/repo`).
