@@ -186,7 +186,7 @@ def _escaped(text: str) -> str:
 
 
 def _harmless(text: str) -> str:
-    return mask_keys(printable(text))
+    return printable(mask_keys(text))  # a key behind an escape's letter would pass for the end of a word
 
 
 def _is_github() -> bool:
