@@ -10,6 +10,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from types import FrameType
 from typing import NamedTuple
 
@@ -159,10 +160,9 @@ def deliver(
     options = options._replace(max_backoff=min(options.max_backoff, max(0.0, end - time.monotonic())))
     flusher = Flusher(ledger, sender, options, here, on_failed=on_failed, on_account=account.bind)
     ours = _Ours(flusher, lock)
-    with handled_by(ours.on_signal, signal.SIGTERM, signal.SIGINT):
+    with closing(sender), handled_by(ours.on_signal, signal.SIGTERM, signal.SIGINT):
         flusher.run(lambda: is_done(flusher) or time.monotonic() >= end or ours.is_over())
         unanswered = flusher.finish(HAND_OVER_GRACE_S if ours.is_wanted_by_others() else GRACE_S)
-    sender.close()
     is_handed_over = ours.is_wanted_by_others()
     lock.close()
     why = f"{here.origin} has not answered in time" if unanswered else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -48,16 +48,15 @@ def await_verdicts(
     """
     store = Store(settings.db, min(settings.busy_timeout, GRACE_S))
     store.patience = 1
-    wait = _Wait(settings, env, store, ids, timeout)
-    try:
-        with store.translated():
-            note = wait.run(is_gate=is_gate)
-    except AgentError as exc:
-        note = " ".join(f"{exc.message}; {exc.hint}".split()) if exc.hint else " ".join(exc.message.split())
-    with suppress(AgentError):
-        wait.wanted.read_all()
-    wait.close()
-    return wait.wanted.result(note, wait.signal)
+    with closing(_Wait(settings, env, store, ids, timeout)) as wait:
+        try:
+            with store.translated():
+                note = wait.run(is_gate=is_gate)
+        except AgentError as exc:
+            note = " ".join(f"{exc.message}; {exc.hint}".split()) if exc.hint else " ".join(exc.message.split())
+        with suppress(AgentError):
+            wait.wanted.read_all()
+        return wait.wanted.result(note, wait.signal)
 
 
 def exit_code(records: Sequence[Record]) -> int:
@@ -155,9 +154,6 @@ class _Excerpt(Ledger):
         found = super().head(key)
         return found if found and found[0].id <= self._last.get(key, 0) else None
 
-    def oldest_pending(self) -> int | None:
-        return None  # what is not shown was not overlooked
-
 
 class _Wait:
     """One waiting, from the first look at the records to the last."""
@@ -177,7 +173,7 @@ class _Wait:
 
     def run(self, *, is_gate: bool) -> str:
         """Wait until nothing is without a verdict; returns why something is all the same."""
-        if not self.wanted.is_waiting():
+        if not self._is_waiting():
             return ""
         if is_gate and (trouble := self._known_trouble()):
             return trouble
@@ -208,7 +204,11 @@ class _Wait:
             return True
 
     def _deliver(self) -> None:
-        """Take our turn for what is wanted."""
+        """Take our turn for what is wanted.
+
+        The flusher looks after the file as ever, in small steps and only when nothing is to be sent: on a host where
+        every event is waited for, nobody else would prune it.
+        """
         open_outbox(Ledger(self._store), create=False)
         self.wanted.read_all()
         excerpt = _Excerpt(self._store, self.wanted.waiting())

@@ -16,7 +16,7 @@ from versioner_agent import config, flusher, review, waiting
 from versioner_agent import flush as flushing
 from versioner_agent import outbox as outboxes
 from versioner_agent.events import validate
-from versioner_agent.ledger import Health, Ledger
+from versioner_agent.ledger import Health, Seek
 from versioner_agent.locks import FlusherLock
 from versioner_agent.outbox import Outbox
 from versioner_agent.records import Record
@@ -365,10 +365,14 @@ def test_when_who_delivered_leaves_it_is_our_turn(place, serve, somebody):
 def test_an_agent_that_waits_for_its_turn_is_not_overtaken(place, serve, somebody):
     assert somebody.claim_agent()
     server = serve()
+    ours = FlusherLock(place.path)
 
     place.wait(server.url, place.queue("payments"), 0.3)
 
     assert server.requests == []
+    assert not flushing.take_turn(ours)
+    assert somebody.claim_delivery()
+    ours.close()
 
 
 def test_what_somebody_else_settles_ends_the_waiting(place, serve, somebody):
@@ -701,9 +705,17 @@ def test_a_look_by_id_is_a_seek_and_so_is_the_first_of_a_key(place):
     assert all("SEARCH" in plan and "SCAN" not in plan and "TEMP B-TREE" not in plan for plan in plans), plans
 
 
-def test_the_excerpt_is_a_ledger_for_everything_else(place):
-    """What is overridden is what the flusher chooses by."""
-    overridden = {name for name in vars(waiting._Excerpt) if not name.startswith("_")}
+def test_the_keys_of_others_are_not_even_looked_at(place):
+    """There may be a hundred thousand of them."""
+    for product in ("a", "b", "c", "d"):
+        place.queue(product, 2)
+    with contextlib.closing(Store(place.path)) as store:
+        wanted = review.by_id(store, [1, 5])
+        excerpt = waiting._Excerpt(store, list(wanted.values()))
 
-    assert overridden == {"keys", "head", "oldest_pending"}
-    assert overridden < set(dir(Ledger))
+        assert excerpt.keys("", 10, ()) == Seek(["a", "c"], "", is_end=True)
+        assert excerpt.keys("", 1, ()) == Seek(["a"], "a", is_end=False)
+        assert excerpt.keys("a", 1, ()) == Seek(["c"], "c", is_end=False)
+        assert excerpt.keys("", 10, {"a"}) == Seek(["c"], "", is_end=True)
+        assert excerpt.keys("c", 1, ()) == Seek([], "", is_end=True)
+        assert (excerpt.head("a")[0].id, excerpt.head("b")) == (1, None)
