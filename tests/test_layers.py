@@ -78,7 +78,11 @@ ALLOWED = {
         "opening", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
-        "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "review", "storage",
+        "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "reports", "review", "storage",
+    },
+    "waiting": {
+        "config", "errors", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports", "review",
+        "storage",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},

@@ -1,4 +1,4 @@
-"""`flush`: deliver what is pending now, or wait for the agent that does.
+"""`flush`: deliver what is pending now, or wait for the agent that does; and a turn at delivering, for who is no agent.
 
 Only an outbox that nobody else can write is delivered from: a job's key must not deliver other people's events.
 """
@@ -10,6 +10,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from types import FrameType
 from typing import NamedTuple
 
@@ -21,9 +22,18 @@ from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.opening import GRACE_S, LOCK_POLL_S, handled_by, lock_errors, migrate, open_outbox
 from versioner_agent.records import Record
+from versioner_agent.reports import in_trouble
 from versioner_agent.storage import OutboxMissing, Store
 
 HAND_OVER_GRACE_S = 4.0  # what requests under way get when an agent waits: it is promised its turn within 5 s
+
+
+class Turn(NamedTuple):
+    """How our turn at delivering ended."""
+
+    signal: int  # that told us to leave, 0 if none did
+    is_handed_over: bool  # somebody else delivers from now on
+    why: str  # what was in the way in the end, for people
 
 
 class Drained(NamedTuple):
@@ -49,7 +59,6 @@ def flush(
     OtherDestination, OutboxError.
     """
     end = time.monotonic() + timeout
-    started = time.time()
     store = Store(settings.db, settings.busy_timeout)
     ledger = Ledger(store)
     lock = FlusherLock(store.path)
@@ -60,11 +69,7 @@ def flush(
         if rebind:
             _rebind(ledger, lock)
         binding.check(ledger, binding.configured(settings, env))
-        sharing = others_can_write(store.path)
-        if sharing:
-            note = f"{sharing}: only its agent delivers from it"
-            return _watch(ledger, lock, started, end, note, on_progress)
-        return _flush_own(ledger, lock, settings, env, (started, end), on_progress)
+        return _drain(ledger, lock, settings, env, end, on_progress)
     except OutboxMissing:
         return Drained([], 0)
     finally:
@@ -84,51 +89,114 @@ def others_can_write(path: str) -> str:
     return ""
 
 
-def _flush_own(
+def _drain(
     ledger: Ledger,
     lock: FlusherLock,
     settings: Settings,
     env: Mapping[str, str],
-    span: tuple[float, float],
+    end: float,
     on_progress: Callable[[int | None], None],
 ) -> Drained:
-    started, end = span
+    """Deliver when it is our turn, and watch whoever delivers when it is not."""
+    sharing = others_can_write(ledger.store.path)
+    why = f"{sharing}: only its agent delivers from it" if sharing else "its agent delivers from it"
+    refused: dict[int, Record] = {}
+    started = time.time()
+
+    def is_drained(flusher: Flusher) -> bool:
+        on_progress(_pending_or_none(ledger))
+        return flusher.is_drained()
+
+    def keep(record: Record) -> None:
+        refused.setdefault(record.id, record)
+
+    while True:
+        if not sharing and take_turn(lock):
+            turn = deliver(ledger, lock, settings, env, end, is_drained, on_failed=keep)
+            if turn.signal or not turn.is_handed_over:
+                why = in_trouble(ledger.destination()[1]) or turn.why
+                break
+            why = "its agent has taken over"
+        is_free = _watch(ledger, lock, end, on_progress, may_deliver=not sharing)
+        for record in review.failed_since(ledger.store, started):
+            keep(record)
+        if not is_free:
+            why += "" if lock.presence().is_delivering else ", and none is running"
+            break
+    pending = ledger.pending()
+    return Drained(list(refused.values()), pending, why if pending else "")
+
+
+def take_turn(lock: FlusherLock) -> bool:
+    """Become the one who delivers, unless somebody else is or an agent waits to be; raises OutboxError."""
     with lock_errors(lock):
-        has_lock = not lock.presence().has_agent and lock.claim_delivery()
-    if not has_lock:
-        return _watch(ledger, lock, started, end, "its agent delivers from it", on_progress)
+        return not lock.presence().has_agent and lock.claim_delivery()
+
+
+def deliver(
+    ledger: Ledger,
+    lock: FlusherLock,
+    settings: Settings,
+    env: Mapping[str, str],
+    end: float,
+    is_done: Callable[[Flusher], bool],
+    *,
+    on_failed: Callable[[Record], None] = lambda _: None,
+) -> Turn:
+    """Deliver what *ledger* shows while it is our turn, until *is_done* or *end* (monotonic seconds).
+
+    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn. The turn is
+    over and *lock* free when this returns. Raises CredentialsMissing, OtherDestination, ConfigError, OutboxError.
+    """
     if binding.key_or_none(settings, env) is None:
         config.read_key(settings, env)  # says why it can't be read, where there is a reason
         raise CredentialsMissing(
             "there is no API key to deliver with", "set VERSIONER_API_KEY, or api_key_file in the configuration"
         )
+    account = binding.check(ledger, binding.configured(settings, env))
     migrate(ledger)
-    account = binding.Account(ledger.destination()[0].account)
     sender, options, here = binding.sending(settings, env, account)
-    refused: list[Record] = []
+    # A longer pause would last beyond the end.
+    options = options._replace(max_backoff=min(options.max_backoff, max(0.0, end - time.monotonic())))
+    flusher = Flusher(ledger, sender, options, here, on_failed=on_failed, on_account=account.bind)
+    ours = _Ours(flusher, lock)
+    with closing(sender), handled_by(ours.on_signal, signal.SIGTERM, signal.SIGINT):
+        flusher.run(lambda: is_done(flusher) or time.monotonic() >= end or ours.is_over())
+        unanswered = flusher.finish(HAND_OVER_GRACE_S if ours.is_wanted_by_others() else GRACE_S)
+    is_handed_over = ours.is_wanted_by_others()
+    lock.close()
+    why = f"{here.origin} has not answered in time" if unanswered else ""
+    return Turn(ours.signal, is_handed_over, flusher.trouble or why)
 
-    flusher = Flusher(ledger, sender, options, here, on_failed=refused.append, on_account=account.bind)
-    interrupted = _Interrupted(flusher)
 
-    def is_done() -> bool:
-        on_progress(_pending_or_none(ledger))
-        is_over = time.monotonic() >= end or interrupted.signals > 0 or lock.is_agent_waiting() or not lock.renew()
-        return is_over or flusher.is_drained()
+class _Ours:
+    """What ends our turn before its time: an agent that waits for it, a lock that was taken away, a signal.
 
-    with handled_by(interrupted.on_signal, signal.SIGTERM, signal.SIGINT):
-        flusher.run(is_done)
-        unanswered = flusher.finish(HAND_OVER_GRACE_S if lock.is_agent_waiting() else GRACE_S)
-    sender.close()
-    if lock.is_agent_waiting():
-        lock.close()
-        rest = _watch(ledger, lock, time.time(), end, "its agent has taken over", on_progress)
-        return rest._replace(refused=refused + rest.refused)
-    pending = ledger.pending()
-    _, health, _ = ledger.destination()
-    why = f"the API is {health.state}: {health.reason}" if health.reason and health.state != "up" else ""
-    if unanswered and not why:
-        why = f"{here.origin} has not answered in time"
-    return Drained(refused, pending, why if pending else "")
+    At SIGINT and SIGTERM what is under way is settled before we leave; a second one leaves at once.
+    """
+
+    def __init__(self, flusher: Flusher, lock: FlusherLock) -> None:
+        self.signal = 0
+        self._flusher = flusher
+        self._lock = lock
+        self._is_lost = False
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Remember it; the loop looks."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        self._flusher.wake()
+
+    def is_wanted_by_others(self) -> bool:
+        """Tell whether somebody else delivers now, or is to."""
+        with lock_errors(self._lock):
+            self._is_lost = self._is_lost or not self._lock.renew()
+            return self._is_lost or self._lock.is_agent_waiting()
+
+    def is_over(self) -> bool:
+        """Tell whether to leave."""
+        return self.is_wanted_by_others() or self.signal > 0
 
 
 def _pending_or_none(ledger: Ledger) -> int | None:
@@ -138,35 +206,19 @@ def _pending_or_none(ledger: Ledger) -> int | None:
         return None  # the flusher meets the same error and says so
 
 
-class _Interrupted:
-    """SIGINT and SIGTERM during a flush: settle what is under way, then leave; a second one leaves at once."""
-
-    def __init__(self, flusher: Flusher) -> None:
-        self.signals = 0
-        self._flusher = flusher
-
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Count it; the loop looks at the count."""
-        self.signals += 1
-        if self.signals > 1:
-            os._exit(128 + number)
-        self._flusher.wake()
-
-
 def _watch(
-    ledger: Ledger, lock: FlusherLock, started: float, end: float, note: str, on_progress: Callable[[int | None], None]
-) -> Drained:
-    """Wait for whoever delivers until nothing is pending or *end* (monotonic seconds)."""
+    ledger: Ledger, lock: FlusherLock, end: float, on_progress: Callable[[int | None], None], *, may_deliver: bool
+) -> bool:
+    """Wait for whoever delivers until nothing is pending or *end*; True if it left before and we may go on."""
     while True:
         pending = ledger.pending()
         on_progress(pending)
         if pending == 0 or time.monotonic() >= end:
-            break
+            return False
+        presence = lock.presence()
+        if may_deliver and not presence.is_delivering and not presence.has_agent:
+            return True
         time.sleep(min(LOCK_POLL_S, max(0.0, end - time.monotonic())))
-    refused = review.failed_since(ledger.store, started)
-    if pending and not lock.presence().is_delivering:
-        note += ", and none is running"
-    return Drained(refused, pending, note if pending else "")
 
 
 def _rebind(ledger: Ledger, lock: FlusherLock) -> None:

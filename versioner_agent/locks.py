@@ -182,6 +182,7 @@ class FlusherLock:
 
     def close(self) -> None:
         """Free what is held."""
+        self._claimed = ()
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -44,6 +44,13 @@ def headline(standing: Standing, now: float, *, has_key: bool = True) -> str:
     return words
 
 
+def in_trouble(health: Health) -> str:
+    """Say what keeps events from the API, as it was seen last; empty where nothing is known to."""
+    if health.state not in TROUBLE:
+        return ""
+    return f"the API is {health.state} ({health.reason})" if health.reason else f"the API is {health.state}"
+
+
 def _clock(then: float, now: float) -> str:
     is_long_ago = abs(now - then) > DAY_S
     return time.strftime("%Y-%m-%d %H:%M" if is_long_ago else "%H:%M", time.localtime(min(max(then, 0.0), 253e9)))

@@ -128,6 +128,21 @@ def _attempt(row: Sequence[Any]) -> Attempt:
     return Attempt(number(at) or 0.0, text(outcome) or "", status, text(detail), number(duration_s) or 0.0)
 
 
+def by_id(store: Store, ids: Sequence[int]) -> dict[int, Record]:
+    """Return those of at most a page of records that there are, of a batch that is still handed over as pending."""
+    with store.read() as connection:
+        rows = connection.execute(BY_ID.format(placeholders(list(ids))), tuple(ids)).fetchall()
+    found = map(as_record, rows)
+    return {each.id: each._replace(state="pending") if each.state == "staged" else each for each in found}
+
+
+def first_pending(store: Store, product: str) -> Record | None:
+    """Return the record of *product* that goes next; None when none waits."""
+    with store.read() as connection:
+        row = connection.execute(FIRST_PENDING, (product,)).fetchone()
+    return as_record(row) if row else None
+
+
 def failed_since(store: Store, then: float) -> list[Record]:
     """Return records that failed since *then* (seconds since 1970), at most a page of them."""
     with store.read() as connection:
@@ -229,6 +244,11 @@ PAGE_OF_STATE = f"""
 SHOW = f"SELECT {COLUMNS}, payload FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
 FIND = f"SELECT {COLUMNS} FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
 ATTEMPTS = "SELECT at, outcome, http_status, detail, duration_s FROM attempt WHERE record_id = ? ORDER BY id"
+BY_ID = f"SELECT {COLUMNS} FROM record WHERE id IN ({{}})"  # noqa: S608  # a constant
+FIRST_PENDING = f"""
+    SELECT {COLUMNS} FROM record INDEXED BY record_pending
+    WHERE state = 'pending' AND product_name = ? ORDER BY id LIMIT 1
+"""  # noqa: S608
 FAILED_SINCE = f"""
     SELECT {COLUMNS} FROM record WHERE settled_at >= ? AND state = 'failed' ORDER BY settled_at LIMIT ?
 """  # noqa: S608

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from versioner_agent.text import bounded, mask_keys, printable
+from versioner_agent.text import bounded, harmless
 
 SEND_S = 2.0  # a service manager that hangs must not stop deliveries
 EXTEND_S = 60.0  # what a start that takes long asks for at a time
@@ -122,4 +122,4 @@ def _microseconds(seconds: float) -> int:
 
 def _line(words: str) -> str:
     """Return *words* as everybody on the host may see them."""
-    return bounded(mask_keys(printable(" ".join(words.split()))), STATUS_CHARS)
+    return bounded(harmless(" ".join(words.split())), STATUS_CHARS)

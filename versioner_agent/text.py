@@ -55,6 +55,11 @@ def mask_keys(value: str) -> str:
     return re.sub(_KEY, r"sk_\1_***", value)
 
 
+def harmless(value: str) -> str:
+    """Return *value* on one line, with keys masked: first, for a key behind an escape would pass for the end of a word."""
+    return printable(mask_keys(value))
+
+
 def key_account(key: str) -> str | None:
     """Return the account named in an API key, None for a key of another shape."""
     match = re.fullmatch(_KEY, key.strip())

@@ -81,6 +81,17 @@ def test_agent_and_delivery_are_claimed_apart(lock):
     assert agent.claim_delivery()
 
 
+def test_what_was_freed_is_not_taken_again_when_the_file_is_removed(lock):
+    ours, agent = lock(), lock()
+    assert ours.claim_agent()
+    ours.close()
+    assert ours.claim_delivery()
+    os.remove(ours.path)
+
+    assert ours.renew()
+    assert agent.claim_agent()
+
+
 def test_agent_does_not_wait_for_itself(lock):
     agent = lock()
     agent.claim_agent()

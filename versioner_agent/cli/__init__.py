@@ -217,30 +217,30 @@ def _run() -> int:
 
 def _show(exc: click.ClickException) -> None:
     """Say what is wrong with a call as click does, but for what an argument could do to the terminal."""
-    from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
+    from versioner_agent.text import harmless  # noqa: PLC0415
 
     context = exc.ctx if isinstance(exc, click.UsageError) else None
     if context is not None:
         click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
     # Where click itself breaks a message (to list choices), the next line begins with a tab.
-    parts = (printable(part) for part in exc.format_message().split("\n\t"))
-    click.echo(mask_keys("Error: " + "\n\t".join(parts)), err=True)
+    parts = (harmless(part) for part in exc.format_message().split("\n\t"))
+    click.echo("Error: " + "\n\t".join(parts), err=True)
 
 
 def report(exc: AgentError) -> None:
     """Say an error and the next action on stderr."""
-    from versioner_agent.text import mask_keys, printable  # noqa: PLC0415
+    from versioner_agent.text import harmless  # noqa: PLC0415
 
-    lines = ("error: " + "\n  ".join(printable(line) for line in exc.lines)).split("\n")
+    lines = ("error: " + "\n  ".join(harmless(line) for line in exc.lines)).split("\n")
     if exc.hint:
-        lines.append(f"hint: {printable(exc.hint)}")
+        lines.append(f"hint: {harmless(exc.hint)}")
     if os.environ.get("JOURNAL_STREAM"):
         from versioner_agent.journal import is_journal, with_priority  # noqa: PLC0415
 
         if is_journal(sys.stderr, os.environ["JOURNAL_STREAM"]):
             lines = [with_priority(line, "error") for line in lines]
     for line in lines:
-        click.echo(mask_keys(line), err=True)
+        click.echo(line, err=True)
 
 
 def _silence_stdout() -> None:

@@ -11,7 +11,7 @@ import click
 
 from versioner_agent import config
 from versioner_agent.config import Settings
-from versioner_agent.text import json_line, mask_keys, printable
+from versioner_agent.text import harmless, json_line
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -51,7 +51,7 @@ def load_settings(options: dict[str, Any]) -> Settings:
     settings = config.load(given_flags(options), os.environ, options.get("config"))
     if options.get("verbose"):
         words = f"outbox {settings.db} (from {settings.sources['db']})"
-        click.echo(mask_keys(printable(words)), err=True)
+        click.echo(harmless(words), err=True)
     return settings
 
 

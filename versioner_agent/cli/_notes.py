@@ -10,11 +10,16 @@ import os
 
 import click
 
-from versioner_agent.text import mask_keys, printable
+from versioner_agent.text import harmless
 
 TITLE = "versioner-agent"
 _IN_MESSAGE = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
 _IN_PROPERTY = _IN_MESSAGE | str.maketrans({":": "%3A", ",": "%2C"})
+
+
+def is_github() -> bool:
+    """Tell whether GitHub Actions reads what is said."""
+    return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
 def warn(text: str) -> None:
@@ -29,16 +34,12 @@ def problem(title: str, text: str) -> None:
 
 def note(text: str) -> None:
     """Say *text* likewise as no more than talk."""
-    click.echo(f"note: {_harmless(text)}", err=True)
+    click.echo(f"note: {harmless(text)}", err=True)
 
 
 def _say(level: str, title: str, text: str) -> None:
-    line = f"{level}: {_harmless(text)}"
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        head = _harmless(title).translate(_IN_PROPERTY)
-        line = f"::{level} title={head}::{_harmless(text).translate(_IN_MESSAGE)}"
+    line = f"{level}: {harmless(text)}"
+    if is_github():
+        head = harmless(title).translate(_IN_PROPERTY)
+        line = f"::{level} title={head}::{harmless(text).translate(_IN_MESSAGE)}"
     click.echo(line, err=True)
-
-
-def _harmless(text: str) -> str:
-    return mask_keys(printable(text))

@@ -20,7 +20,7 @@ from versioner_agent.cli._common import (
     table,
 )
 from versioner_agent.errors import ConfigError, UsageError
-from versioner_agent.text import key_public_part, mask_keys, printable
+from versioner_agent.text import harmless, key_public_part, mask_keys, printable
 from versioner_agent.urls import proxy_for, without_password
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) ->
         for line in table([_cells(row) for row in rows], ("key", "value", "source")):
             echo(line)
     for note in _notes(settings, key):
-        click.echo(mask_keys(printable(f"note: {note}")), err=True)
+        click.echo(harmless(f"note: {note}"), err=True)
     return 0
 
 

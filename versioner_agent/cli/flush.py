@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import click
 
 from versioner_agent.cli._common import DELIVERY_KEYS, echo_json, json_option, outbox_settings, settings_options
 from versioner_agent.text import printable
-
-if TYPE_CHECKING:
-    from versioner_agent.flush import Drained
-
-STILL_QUEUED = 75  # EX_TEMPFAIL of sysexits(3)
 
 
 @click.command()
@@ -35,6 +30,7 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
 
     from versioner_agent import flush as flushing  # noqa: PLC0415
     from versioner_agent import logs  # noqa: PLC0415
+    from versioner_agent.waiting import STILL_QUEUED, exit_code  # noqa: PLC0415
 
     settings = outbox_settings(options)
     logs.configure(settings.log_format, "debug" if options["verbose"] else "warning")
@@ -49,20 +45,7 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
         why = f": {drained.note}" if drained.note else ""
         events = "1 event is" if drained.pending == 1 else f"{drained.pending} events are"
         click.echo(printable(f"{events} still queued{why}"), err=True)
-    return _exit_code(drained)
-
-
-def _exit_code(drained: Drained) -> int:
-    """Return 4 for a plain refusal, 5 where rules (or a deployment's 409) account for all of them, 1 for damage."""
-    if any(record.reason == "damaged" for record in drained.refused):
-        return 1
-    by_rule = [
-        record.reason == "blocked" or (record.reason == "conflict" and record.kind == "deployment")
-        for record in drained.refused
-    ]
-    if by_rule:
-        return 5 if all(by_rule) else 4
-    return STILL_QUEUED if drained.pending else 0
+    return exit_code(drained.refused) or (STILL_QUEUED if drained.pending else 0)
 
 
 class _Progress:

@@ -91,7 +91,10 @@ def _track(kind: str, options: dict[str, Any]) -> int:
     if queued is None or not is_start or options["wait_s"] is not None:
         return _events.wait(queued, options)
     gate_s = queued.settings.gate_timeout
-    return _events.wait(queued, options, gate_s, is_gate=True, fails_unchecked=fails is True) if gate_s else 0
+    if not gate_s:
+        return 0
+    code = _events.wait(queued, options, gate_s, is_gate=True, fails_unchecked=fails is True)
+    return 0 if code == 4 and fails is False else code  # what a rule says counts all the same
 
 
 def _fails_unchecked(options: dict[str, Any]) -> bool | None:
