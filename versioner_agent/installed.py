@@ -11,8 +11,8 @@ import versioner_agent
 
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({
-    "__main__", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine", "privileges", "program", "removal",
-    "sandbox", "service", "service_key", "shipped", "steps", "units",
+    "__main__", "child", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine", "privileges", "program",
+    "removal", "sandbox", "service", "service_key", "shipped", "steps", "units", "wrapper",
 })  # fmt: skip
 #: What the standard library and ours load when they are first needed.
 _LATER = ("difflib", "encodings.idna", "encodings.utf_8_sig", "grp", "pwd", "tomllib", "unicodedata", "zoneinfo")
