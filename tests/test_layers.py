@@ -49,6 +49,8 @@ ALLOWED = {
         "schema", "storage", "text",
     },
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
+    "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
+    "child": set(),
     "tls": {"errors"},
     "checkout": {"values"},
     "network": set(),
@@ -72,13 +74,16 @@ ALLOWED = {
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"files", "ledger", "locks"},
+    "orphans": {"errors", "jobs", "ledger", "outbox", "text"},
+    "wrapper": {"child", "errors", "events", "jobs", "outbox", "privileges", "text"},
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
         "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
-        "opening", "sdnotify", "storage", "text", "vitals",
+        "opening", "orphans", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
-        "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "records", "reports", "review", "storage",
+        "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "orphans", "records", "reports",
+        "review", "storage",
     },
     "waiting": {
         "config", "errors", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports", "review",

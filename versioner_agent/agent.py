@@ -25,6 +25,7 @@ from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.opening import GRACE_S, LOCK_POLL_S, handled_by, lock_errors, migrate, open_outbox
+from versioner_agent.orphans import Orphans
 from versioner_agent.sdnotify import Notifier
 from versioner_agent.storage import PATIENCE, Store
 from versioner_agent.text import bounded, duration
@@ -176,6 +177,7 @@ class Agent:
             logger.warning("there is no API key yet: events wait (VERSIONER_API_KEY, api_key_file)")
         flusher = Flusher(ledger, sender, options, here, on_account=account.bind)
         self._flusher = flusher
+        orphans = Orphans(ledger)
         vitals = Vitals(self._notifier, ledger, lock, self._files, self._key, lambda: flusher.trouble)
         logger.info(
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
@@ -183,7 +185,7 @@ class Agent:
         self._notifier.ready(vitals.line())
         try:
             while not self._signals and not lock.is_hidden():
-                flusher.run(lambda: self._is_interrupted(lock, vitals))
+                flusher.run(lambda: self._is_interrupted(lock, vitals, orphans))
                 if self._wants_reload and not self._signals:
                     self._notifier.reloading()
                     sender = self._apply_reload(flusher, ledger, sender, account, vitals)
@@ -205,8 +207,9 @@ class Agent:
     def _key(self) -> str | None:
         return binding.key_or_none(self._settings, self._env)
 
-    def _is_interrupted(self, lock: FlusherLock, vitals: Vitals) -> bool:
+    def _is_interrupted(self, lock: FlusherLock, vitals: Vitals, orphans: Orphans) -> bool:
         vitals.tell(time.monotonic())
+        orphans.look(time.monotonic())
         self._slept_s += self._awake.slept_s()
         with lock_errors(lock):
             if lock.is_hidden():

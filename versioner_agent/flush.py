@@ -21,6 +21,7 @@ from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
 from versioner_agent.opening import GRACE_S, LOCK_POLL_S, handled_by, lock_errors, migrate, open_outbox
+from versioner_agent.orphans import Orphans
 from versioner_agent.records import Record
 from versioner_agent.reports import in_trouble
 from versioner_agent.storage import OutboxMissing, Store
@@ -64,6 +65,8 @@ def flush(
     lock = FlusherLock(store.path)
     try:
         open_outbox(ledger, create=False)
+        if not rebind:
+            _tell_ends(ledger, lock)
         if ledger.pending() == 0 and not rebind:
             return Drained([], 0)
         if rebind:
@@ -87,6 +90,18 @@ def others_can_write(path: str) -> str:
         if found.st_uid not in (os.getuid(), 0):  # not who we have become
             return f"{name} belongs to uid {found.st_uid}"
     return ""
+
+
+def _tell_ends(ledger: Ledger, lock: FlusherLock) -> None:
+    """Queue the ends of jobs whose wrappers were killed, where delivering is ours: even if nothing else is pending."""
+    orphans = Orphans(ledger)
+    if not orphans.has_files() or others_can_write(ledger.store.path):
+        return
+    with lock_errors(lock):
+        is_ours = not lock.presence().has_agent and lock.claim_delivery()
+    if is_ours:
+        migrate(ledger)
+        orphans.look(time.monotonic())
 
 
 def _drain(

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -93,7 +93,14 @@ class Outbox:
         """Name the file; *busy_timeout* (seconds) bounds every wait for other writers."""
         self.store = Store(path, busy_timeout)
         self._notices = Notices(self.store)
-        self._queued_by = queued_by or f"uid {os.getuid()}"
+        self.queued_by = queued_by or f"uid {os.getuid()}"
+
+    @classmethod
+    def over(cls, store: Store, queued_by: str) -> Self:
+        """Queue through *store*, which is open already, in the thread that made it."""
+        outbox = cls(store.path, queued_by=queued_by)
+        outbox.store, outbox._notices = store, Notices(store)
+        return outbox
 
     def enqueue(
         self,
@@ -119,13 +126,17 @@ class Outbox:
         run_attempt: str | None = None,
         new: bool = False,
         destination: Destination | None = None,
+        event_ids: Sequence[str] | None = None,
     ) -> list[Receipt]:
         """Queue valid events, all or nothing, in their order; receipts in the same order.
 
-        *destination*, where given, must not differ from the outbox's own (OtherDestination).
+        *destination*, where given, must not differ from the outbox's own (OtherDestination). *event_ids*, where given,
+        are used instead of new ones: one for each event, UUIDs that no other event has.
         """
         now = time.time()
-        ready = [self._prepare(event, now, run_attempt) for event in valid]
+        listed = list(valid)
+        ids = [str(uuid.uuid4()) for _ in listed] if event_ids is None else event_ids
+        ready = [self._prepare(event, each, now, run_attempt) for event, each in zip(listed, ids, strict=True)]
         chunks = _chunks(ready)
         if not chunks:
             return []
@@ -179,10 +190,9 @@ class Outbox:
             for receipt, said in zip(receipts, self._notices.on(subjects), strict=True)
         ]
 
-    def _prepare(self, event: events.Event, now: float, run_attempt: str | None) -> _Ready:
+    def _prepare(self, event: events.Event, event_id: str, now: float, run_attempt: str | None) -> _Ready:
         from versioner_agent import __version__  # noqa: PLC0415  # the package's name must be complete first
 
-        event_id = str(uuid.uuid4())
         content = events.content_digest(event)
         stamp = events.Stamp(event_id, now, os.uname().nodename, __version__)
         body = events.payload(event, stamp)
@@ -277,7 +287,7 @@ class Outbox:
         state = "pending" if context.batch is None else "staged"
         return (
             record_id, ready.event_id, state, kind, *names, *run, ready.content, ready.identity, occurrence,
-            context.now, self._queued_by, context.batch, signed, ready.payload,
+            context.now, self.queued_by, context.batch, signed, ready.payload,
         )  # fmt: skip
 
 

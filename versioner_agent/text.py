@@ -56,7 +56,7 @@ def mask_keys(value: str) -> str:
 
 
 def harmless(value: str) -> str:
-    """Return *value* on one line, with keys masked: first, for a key behind an escape would pass for the end of a word."""
+    """Return *value* on one line with keys masked; first that: behind an escape a key would be a word's end."""
     return printable(mask_keys(value))
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from versioner_agent.cli import EarlyGroup
-from versioner_agent.cli._spelling import Bare, SpelledCommand, Truth, truth_of
+from versioner_agent.cli._spelling import Bare, SpelledCommand, as_truth, truth_of
 
 
 def parsed(*args):
@@ -17,7 +17,7 @@ def parsed(*args):
     @click.option("-q", "--quiet", is_flag=True)
     @click.option("--name")
     @click.option("--wait", cls=Bare, bare="60", type=float)
-    @click.option("--fail", cls=Bare, bare="true", type=Truth())
+    @click.option("--fail", cls=Bare, bare="true", callback=as_truth)
     @click.argument("rest", nargs=-1)
     def command(**found):
         click.echo(json.dumps(found))

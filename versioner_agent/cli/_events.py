@@ -13,7 +13,7 @@ import click
 from versioner_agent import ci, events, sources
 from versioner_agent.cli import EarlyGroup, _notes
 from versioner_agent.cli._common import echo_json, json_option, load_settings, settings_options, step_down_for
-from versioner_agent.cli._spelling import Bare, Truth, truth_of
+from versioner_agent.cli._spelling import Bare, as_truth, truth_of
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError, UsageError, ValidationError
 from versioner_agent.outbox import Destination, Outbox, Receipt
@@ -77,7 +77,7 @@ def _option(field: events.Field) -> Callable[[Decorated], Decorated]:
 
 def truth_option(*names: str, help: str) -> Callable[[Decorated], Decorated]:  # noqa: A002  # as click has it
     """Offer a flag that can also be given as `--flag=false`; None where nothing is said."""
-    return click.option(*names, cls=Bare, bare="true", type=Truth(), metavar="[=false]", help=help)
+    return click.option(*names, cls=Bare, bare="true", callback=as_truth, metavar="[=false]", help=help)
 
 
 def detection_option(function: Decorated) -> Decorated:
@@ -226,12 +226,13 @@ class Queued(NamedTuple):
 
 def queue(valid: list[events.Event], run_attempt: str | None, options: dict[str, Any]) -> Queued | None:
     """Queue events and print their receipts; None where that failed and is not to fail the job."""
+    queued = None
     with _best_effort(options):
         settings = load_settings(options)
         with _best_effort({**options, "best_effort": settings.best_effort}):
             step_down_for(settings)
-            return Queued(_queue(valid, run_attempt, options, settings), settings)
-    return None
+            queued = Queued(_queue(valid, run_attempt, options, settings), settings)
+    return queued
 
 
 def _queue(

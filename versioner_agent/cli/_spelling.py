@@ -63,14 +63,9 @@ def truth_of(word: str) -> bool | None:
     return _TRUTH.get(word.strip().lower())
 
 
-class Truth(click.ParamType):
-    """A truth value in any of its spellings."""
-
-    name = "boolean"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
-        """Return it as a bool."""
-        found = value if isinstance(value, bool) else truth_of(value)
-        if found is None:
-            self.fail("must be true or false", param, ctx)
-        return found
+def as_truth(ctx: click.Context, param: click.Parameter, value: str | None) -> bool | None:
+    """Return what an option says in any of these words; None where it is not given."""
+    found = None if value is None else truth_of(value)
+    if found is None and value is not None:
+        raise click.BadParameter("must be true or false", ctx=ctx, param=param)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -19,7 +20,7 @@ from versioner_agent.outbox import Outbox, Receipt
 _NOT_GIVEN = ("status", "started_at", "completed_at")
 
 
-def _options(kind: str) -> Any:
+def _options(kind: str) -> Callable[[Decorated], Decorated]:
     def decorate(function: Decorated) -> Decorated:
         function = click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")(
             function
