@@ -27,6 +27,7 @@ UNATTENDED_S = 600.0
 LOOK_AGAIN_S = 1.0
 #: So long the look waits for a writer: the events are safe, and the build goes on.
 PATIENCE_MS = 100
+MOST_MS = 2**31 - 1  # that SQLite takes
 #: Products, and versions of them, of one batch that are looked at.
 MOST_LOOKED_AT = 50
 MOST_REFUSALS = 1000
@@ -109,7 +110,7 @@ def _glance(store: Store) -> Iterator[sqlite3.Connection]:
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            connection.execute(f"PRAGMA busy_timeout = {int(store.busy_timeout * 1000)}")
+            connection.execute(f"PRAGMA busy_timeout = {int(min(store.busy_timeout * 1000, MOST_MS))}")
 
 
 # --- the outbox as a whole

@@ -53,7 +53,10 @@ class Destination(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What `enqueue` answers: `queued`, or `duplicate` with the record that was there first."""
+    """What `enqueue` answers: `queued`, or `duplicate` with the record that was there first.
+
+    `warnings` are for the author, a line each: what keeps the event from being delivered, or will (see `notices`).
+    """
 
     outcome: str
     id: int

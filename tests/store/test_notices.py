@@ -429,12 +429,14 @@ def test_a_locked_outbox_is_not_waited_for_and_nothing_is_said(path):
     assert answers == [[(), ()]]
 
 
-def test_a_look_leaves_the_connection_as_it_was(path):
+@pytest.mark.parametrize(("busy_timeout", "milliseconds"), [(60, 60_000), (float("inf"), 2**31 - 1)])
+def test_a_look_leaves_the_connection_as_it_was(path, busy_timeout, milliseconds):
     waited(path)
     with Outbox(path, busy_timeout=60) as outbox:
+        outbox.store.busy_timeout = busy_timeout
         assert outbox.enqueue("build", BUILD).warnings == (UNATTENDED,)
         with outbox.store.read() as connection:
-            assert connection.execute("PRAGMA busy_timeout").fetchone() == (60_000,)
+            assert connection.execute("PRAGMA busy_timeout").fetchone() == (milliseconds,)
             assert not connection.in_transaction
 
 
