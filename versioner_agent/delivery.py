@@ -6,6 +6,7 @@ been closed meanwhile: then the same request is sent once more on a new one, wit
 
 from __future__ import annotations
 
+import math
 import ssl
 import threading
 import time
@@ -51,6 +52,8 @@ class Sender:
         """Prepare; *read_key* is asked before each POST. Raises ConfigError for an unusable target."""
         self._target = target
         self._read_key = read_key
+        #: Whatever is asked, the answer is not waited for beyond this moment (monotonic seconds).
+        self.end = math.inf
         self._context, self._store = tls.trust(target.ca_bundle)
         self._proxy = _proxy(target.proxy) if target.proxy else None
         try:
@@ -71,7 +74,9 @@ class Sender:
             return no_key(exc.message)
         if not key:
             return no_key("there is no API key (VERSIONER_API_KEY, or a file named by api_key_file)")
-        network.current.deadline = time.monotonic() + self._target.timeout
+        now = time.monotonic()
+        self._own.allowed_s = min(self._target.timeout, max(0.0, self.end - now))
+        network.current.deadline = now + self._own.allowed_s
         headers = {**_HEADERS, "Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}
         request = httpx.Request("POST", self._urls[kind], headers=headers, content=payload)
         return _without(key, self._attempt(request, key))._replace(account=key_account(key))
@@ -150,7 +155,7 @@ class Sender:
         if isinstance(refused, ssl.SSLCertVerificationError):
             return no_answer(self._untrusted(refused, host, port))
         if isinstance(exc, httpcore.TimeoutException) or network.is_over():
-            return no_answer(f"no complete answer from {where} within {self._target.timeout:g} s")
+            return no_answer(f"no complete answer from {where} within {self._own.allowed_s:.3g} s")
         words = " ".join(str(exc).replace(key, "***").split()) or type(exc).__name__
         return no_answer(f"{_WHAT.get(type(exc), 'request failed')} ({where}): {words}")
 

@@ -5,6 +5,7 @@ Only an outbox that nobody else can write is delivered from: a job's key must no
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import stat
@@ -157,11 +158,13 @@ def deliver(
     is_done: Callable[[Flusher], bool],
     *,
     on_failed: Callable[[Record], None] = lambda _: None,
+    is_strict: bool = False,
 ) -> Turn:
     """Deliver what *ledger* shows while it is our turn, until *is_done* or *end* (monotonic seconds).
 
-    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn. The turn is
-    over and *lock* free when this returns. Raises CredentialsMissing, OtherDestination, ConfigError, OutboxError.
+    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn, and nothing
+    beyond *end* where that *is_strict*. The turn is over and *lock* free when this returns. Raises CredentialsMissing,
+    OtherDestination, ConfigError, OutboxError.
     """
     if binding.key_or_none(settings, env) is None:
         config.read_key(settings, env)  # says why it can't be read, where there is a reason
@@ -171,6 +174,7 @@ def deliver(
     account = binding.check(ledger, binding.configured(settings, env))
     migrate(ledger)
     sender, options, here = binding.sending(settings, env, account)
+    sender.end = end if is_strict else math.inf
     # A longer pause would last beyond the end.
     options = options._replace(max_backoff=min(options.max_backoff, max(0.0, end - time.monotonic())))
     flusher = Flusher(ledger, sender, options, here, on_failed=on_failed, on_account=account.bind)

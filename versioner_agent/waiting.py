@@ -27,6 +27,8 @@ from versioner_agent.reports import TROUBLE, in_trouble
 from versioner_agent.storage import Store
 
 STILL_QUEUED = 75  # EX_TEMPFAIL of sysexits(3)
+#: So long, at least, it is remembered that the API could not be asked (seconds).
+REMEMBERED_S = 60.0
 
 
 class Waited(NamedTuple):
@@ -41,7 +43,7 @@ class Waited(NamedTuple):
 def await_verdicts(
     settings: Settings, env: Mapping[str, str], ids: Sequence[int], timeout: float, *, is_gate: bool = False
 ) -> Waited:
-    """Wait up to *timeout* seconds for the verdicts on the records *ids*, and GRACE_S for what is under way then.
+    """Wait up to *timeout* seconds for the verdicts on the records *ids*.
 
     A gate does not wait for a destination that is known to be in trouble. SIGINT and SIGTERM end it after what we have
     under way is settled; while somebody else delivers they do what they did before. Raises no AgentError.
@@ -212,7 +214,9 @@ class _Wait:
         open_outbox(Ledger(self._store), create=False)
         self.wanted.read_all()
         excerpt = _Excerpt(self._store, self.wanted.waiting())
-        self._turn = deliver(excerpt, self._lock, self._settings, self._env, self._end, self._is_settled)
+        self._turn = deliver(
+            excerpt, self._lock, self._settings, self._env, self._end, self._is_settled, is_strict=True
+        )
         self.signal = self._turn.signal
 
     def _is_settled(self, _: Flusher) -> bool:
@@ -225,7 +229,7 @@ class _Wait:
         """Say in what trouble the destination is known to be: asked not long ago, and nobody has got through since."""
         health = self._health()
         has_agent = self._lock.presence().has_agent
-        longest_s: float = self._settings.max_backoff
+        longest_s: float = max(self._settings.max_backoff, REMEMBERED_S)
         if has_agent:
             longest_s += self._settings.timeout  # its next request may be under way
         return in_trouble(health) if is_known(health, time.time(), longest_s, has_agent=has_agent) else ""

@@ -110,7 +110,7 @@ def test_a_rule_is_shown_by_name_code_words_and_time(said, serve, deployment, bo
     assert err.splitlines() == [
         f"blocked 1: {WHAT}",
         "  rule: Friday freeze (NO_DEPLOY_WINDOW)",
-        "  Deployments are frozen",
+        "  message: Deployments are frozen",
         "  retry after: 2030-01-07T00:00:00Z",
         "  next: wait until the window has ended, then run this again or `versioner-agent retry 1`",
     ]
@@ -125,7 +125,7 @@ def test_a_rule_is_shown_by_name_code_words_and_time(said, serve, deployment, bo
         ),
         ({"message": "no", "details": {"rule_name": "Two eyes"}}, ["rule: Two eyes", "no", "ask whoever set the rule"]),
         ({"message": "no", "code": "NEW_RULE", "retry_after": "soon"}, ["NEW_RULE", "retry after: soon", "until then"]),
-        ({"message": "no"}, ["  no\n", "ask whoever"]),
+        ({"message": "no"}, ["  message: no\n", "ask whoever"]),
     ],
 )
 def test_of_a_rule_what_is_known_is_shown(said, serve, deployment, form, lines):
@@ -264,7 +264,7 @@ def test_a_refusal_is_one_annotation_in_github_actions(said, serve, deployment, 
     assert (code, out) == (5, "")
     (line,) = [line for line in err.splitlines() if line.startswith("::")]
     assert line == (
-        f"::error title=blocked 1%3A {WHAT}::rule: Freeze: all, 50%25 (NO_DEPLOY_WINDOW); 100%25 frozen, until: Monday; "
+        f"::error title=blocked 1%3A {WHAT}::rule: Freeze: all, 50%25 (NO_DEPLOY_WINDOW); message: 100%25 frozen, until: Monday; "
         "retry after: 2030-01-07T00:00:00Z; "
         "next: wait until the window has ended, then run this again or `versioner-agent retry 1`"
     )

@@ -141,7 +141,7 @@ def _blocked(record: Record) -> list[str]:
     rule = f"{record.rule} ({record.code})" if record.rule and record.code else record.rule or record.code
     facts = [
         rule and f"rule: {rule}",
-        record.detail,
+        record.detail and f"message: {record.detail}",  # a line that began with it could be a command to a CI system
         record.retry_after and f"retry after: {record.retry_after}",
         record.late and "late: it was queued over 10 minutes before the API judged it",
     ]
