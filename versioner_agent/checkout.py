@@ -2,13 +2,13 @@
 
 Only of a plain one, with a branch and a commit, that belongs to who asks. Of all else (a worktree of another, a
 submodule, a detached HEAD, reftables, git told by variables where to look) nothing is said: a wrong commit binds the
-version for good, a missing one binds nothing. Never fails, never prints.
+version for good, a missing one binds nothing. Never fails, never prints. By hand, for compiling the expressions would
+cost more than all the rest.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 
@@ -21,6 +21,9 @@ _MAX_PACKED_REFS = 1024 * 1024
 #: With one of these git would look elsewhere.
 _VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_CEILING_DIRECTORIES")
 _HEADS = "refs/heads/"
+_HOST = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_"
+_NOT_IN_PATH = frozenset(" \t\n\r\f\v?#@:")
 #: A pipe in a file's place is empty; it must not make the build wait.
 _OPEN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
 
@@ -54,15 +57,20 @@ def repository_of(url: str) -> str:
     Without scheme, user, password, port and `.git`. A local path, a query, an `@` or a colon in the path say nothing:
     they may be a secret, or not what they look like.
     """
-    host = r"(?P<host>[A-Za-z0-9._-]+)"
-    path = r"/*(?P<path>[^\s?#@:]+)"
-    usual = rf"(?:https?|ssh|git)://(?:[^/]*@)?{host}(?::\d*)?/{path}"
-    short = rf"(?:[^/@:]+@)?{host}:(?!//){path}"  # as scp has it
-    match = re.fullmatch(usual, url, re.ASCII | re.IGNORECASE) or re.fullmatch(short, url, re.ASCII)
-    if match is None:
+    scheme, is_url, rest = url.partition("://")
+    if is_url and scheme.lower() in ("https", "http", "ssh", "git"):
+        authority, _, path = rest.partition("/")
+        host, _, port = authority.rpartition("@")[2].partition(":")
+        is_usual = not port or (port.isascii() and port.isdigit())
+    else:  # as scp has it
+        place, _, path = url.partition(":")
+        user, has_user, host = place.rpartition("@")
+        is_usual = not path.startswith("//") and bool(user) == bool(has_user) and not {"/", "@"} & set(user)
+    path = path.lstrip("/")
+    if not is_usual or not host or not set(host) <= _HOST or set(path) & _NOT_IN_PATH:
         return ""
-    path = match["path"].rstrip("/").removesuffix(".git").rstrip("/")
-    return f"{match['host']}/{path}" if path else ""
+    path = path.rstrip("/").removesuffix(".git").rstrip("/")
+    return f"{host}/{path}" if path else ""
 
 
 def _git_directory(directory: str) -> str | None:
@@ -92,10 +100,12 @@ def _is_bare(directory: str) -> bool:
 
 def _current_ref(git: str) -> str:
     """Return the full name of the branch that HEAD is on; raises ValueError where it is on none."""
-    match = re.fullmatch(rb"ref:\s*(refs/heads/[^\s\0-\x1f\x7f]+)\s*", _read(os.path.join(git, "HEAD"), _MAX_REF))
-    if match is None or b".." in match[1] or b"//" in match[1]:
+    content = _read(os.path.join(git, "HEAD"), _MAX_REF)
+    ref = content[4:].strip()
+    is_plain = all(byte > 0x20 and byte != 0x7F for byte in ref) and b".." not in ref and b"//" not in ref
+    if content[:4] != b"ref:" or not ref.startswith(_HEADS.encode()) or len(ref) == len(_HEADS) or not is_plain:
         raise ValueError("HEAD names no branch")
-    return os.fsdecode(match[1])
+    return os.fsdecode(ref)
 
 
 def _commit(git: str, ref: str) -> str:
@@ -104,10 +114,10 @@ def _commit(git: str, ref: str) -> str:
         text = _read(os.path.join(git, ref), _MAX_REF)
     except (FileNotFoundError, IsADirectoryError):  # git leaves empty directories behind
         text = _packed(_read(os.path.join(git, "packed-refs"), _MAX_PACKED_REFS), os.fsencode(ref))
-    match = re.fullmatch(rb"([0-9a-f]{40}|[0-9a-f]{64})\s*", text)
-    if match is None:
+    sha = text.rstrip()
+    if len(sha) not in (40, 64) or sha.strip(b"0123456789abcdef"):
         raise ValueError("the branch names no commit")
-    return match[1].decode()
+    return sha.decode()
 
 
 def _packed(text: bytes, ref: bytes) -> bytes:
@@ -134,18 +144,46 @@ def _assignments(text: str) -> Iterator[tuple[str, str]]:
     """Give (section.subsection.key, value) of git's configuration syntax, but for values with a backslash in them."""
     section = ""
     for line in text.split("\n"):
-        assignment = line
-        if line.lstrip().startswith("["):
-            header = re.match(r'\s*\[\s*([\w.-]+)\s*(?:"([^"\\]*)"\s*)?\]', line, re.ASCII)
-            if header is None:
-                section = "?"
-                continue
-            section = header[1].lower() + (f".{header[2]}" if header[2] is not None else "")
-            assignment = line[header.end() :]
-        match = re.fullmatch(r'\s*([\w-]+)\s*(?:=((?:"[^"\\]*"|[^"\\#;])*))?(?:[#;].*)?', assignment, re.ASCII)
-        if match:
-            value = "true" if match[2] is None else match[2].replace('"', "").strip()
-            yield f"{section}.{match[1].lower()}", value
+        assignment = line.strip()
+        if assignment.startswith("["):
+            section, assignment = _header(assignment[1:])
+        name, has_value, rest = assignment.partition("=")
+        value: str | None = "true"
+        if has_value:
+            value = _value(rest)
+        else:
+            name = name.partition("#")[0].partition(";")[0]
+        name = name.strip().lower()
+        if value is not None and name and not name.replace("-", "").strip(_LETTERS):
+            yield f"{section}.{name}", value
+
+
+def _header(text: str) -> tuple[str, str]:
+    """Return a section's name, `?` where it can't be read, and what follows in its line."""
+    before, has_quote, rest = text.partition('"')
+    if not has_quote or "]" in before:
+        name, _, after = text.partition("]")
+        return name.strip().lower(), after
+    subsection, _, rest = rest.partition('"')
+    bracket, after = rest.lstrip()[:1], rest.lstrip()[1:]
+    is_read = bracket == "]" and "\\" not in subsection
+    return (f"{before.strip().lower()}.{subsection}", after) if is_read else ("?", "")
+
+
+def _value(text: str) -> str | None:
+    """Return a value without its quotes and the comment behind it; None where it holds a backslash or half a string."""
+    found = ""
+    for number, part in enumerate(text.split('"')):
+        is_quoted = number % 2
+        marks = () if is_quoted else [part.index(mark) for mark in "#;" if mark in part]
+        end = min(marks, default=len(part))
+        found += part[:end]
+        if end < len(part):
+            break
+    else:
+        if text.count('"') % 2:
+            return None
+    return None if "\\" in found else found.strip()
 
 
 def _read(path: str, limit: int) -> bytes:

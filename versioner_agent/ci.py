@@ -13,28 +13,13 @@ from typing import NamedTuple
 
 from versioner_agent.errors import ValidationError
 from versioner_agent.events import ENDED, KINDS, canonical_status, nearest
+from versioner_agent.sources import NOTHING, Detected
 from versioner_agent.values import shown
 
 #: How much of a commit's id becomes the version (characters).
 SHORT_SHA = 8
 #: A user's name in a remote's URL that is this long (characters) is taken for a token.
 LEAST_TOKEN = 20
-
-
-class Detected(NamedTuple):
-    """What the environment says of the run that this process is a part of."""
-
-    #: Name of the CI system, empty outside CI.
-    system: str
-    #: Field, or `link` and `by…` which each kind of event names its own way -> (value, variables it came from).
-    values: dict[str, tuple[str, str]]
-    #: Automatic extra_metadata, `vi_…`.
-    metadata: dict[str, str]
-    #: What keeps a re-run apart; never sent.
-    run_attempt: str | None
-
-
-NOTHING = Detected("", {}, {}, None)
 
 
 class _Source(NamedTuple):
@@ -280,25 +265,6 @@ def detect(env: Mapping[str, str]) -> Detected:
         if sign and system.word in (None, sign):
             return _told(name, system, env)
     return NOTHING
-
-
-def fields_of(kind: str, detected: Detected) -> dict[str, tuple[str, str]]:
-    """Return an event's field -> (value, variables it came from).
-
-    As the official client: a deployment has no branch, and a link that is both its build's and its own.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    who = "built" if kind == "build" else "deployed"
-    for name, told in detected.values.items():
-        if name == "link":
-            found["build_url"] = told
-            if kind == "deployment":
-                found["deploy_url"] = told
-        elif name.startswith("by"):
-            found[f"{who}_{name}"] = told
-        elif name != "scm_branch" or kind == "build":
-            found[name] = told
-    return found
 
 
 def _told(name: str, system: _System, env: Mapping[str, str]) -> Detected:

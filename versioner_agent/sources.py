@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from versioner_agent import ci
 from versioner_agent.errors import ValidationError
 from versioner_agent.events import FIELDS_OF, Field, metadata_problems
 from versioner_agent.values import shown
@@ -24,6 +23,29 @@ _BOOLEANS = {
 _SCM = ("scm_sha", "scm_branch", "scm_repository")
 
 
+#: The variables that give CI systems away, so that a call outside CI need not load the table in `ci`.
+SIGNS = (
+    "GITHUB_ACTIONS", "GITLAB_CI", "JENKINS_URL", "CIRCLECI", "BITBUCKET_BUILD_NUMBER", "TF_BUILD", "TRAVIS",
+    "RD_JOB_ID",
+)  # fmt: skip
+
+
+class Detected(NamedTuple):
+    """What the environment says of the run that this process is a part of."""
+
+    #: Name of the CI system, empty outside CI.
+    system: str
+    #: Field, or `link` and `by…` which each kind of event names its own way -> (value, variables it came from).
+    values: dict[str, tuple[str, str]]
+    #: Automatic extra_metadata, `vi_…`.
+    metadata: dict[str, str]
+    #: What keeps a re-run apart; never sent.
+    run_attempt: str | None
+
+
+NOTHING = Detected("", {}, {}, None)
+
+
 class Filled(NamedTuple):
     """An event's fields, not yet validated, and where those come from that were not given."""
 
@@ -36,7 +58,7 @@ def fill(
     kind: str,
     given: Mapping[str, Any],
     env: Mapping[str, str],
-    detected: ci.Detected,
+    detected: Detected,
     checkout: Mapping[str, str],
 ) -> Filled:
     """Fill what *given* leaves open of an event of *kind*, field by field; unknown names in *given* are kept.
@@ -49,7 +71,7 @@ def fill(
     """
     fields = dict(given)
     sources: dict[str, str] = {}
-    detected_fields = ci.fields_of(kind, detected)
+    detected_fields = fields_of(kind, detected)
     problems: list[str] = []
     for name, field in FIELDS_OF[kind].items():
         if not _is_open(field, given.get(name)):
@@ -72,6 +94,25 @@ def fill(
 def variable_of(field: Field) -> str:
     """Return the name of the environment variable for *field*, as the official client has it."""
     return "VERSIONER_" + field.option.removeprefix("--").replace("-", "_").upper()
+
+
+def fields_of(kind: str, detected: Detected) -> dict[str, tuple[str, str]]:
+    """Return an event's field -> (value, variables it came from).
+
+    As the official client: a deployment has no branch, and a link that is both its build's and its own.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    who = "built" if kind == "build" else "deployed"
+    for name, told in detected.values.items():
+        if name == "link":
+            found["build_url"] = told
+            if kind == "deployment":
+                found["deploy_url"] = told
+        elif name.startswith("by"):
+            found[f"{who}_{name}"] = told
+        elif name != "scm_branch" or kind == "build":
+            found[name] = told
+    return found
 
 
 def _is_blank(value: Any) -> bool:
@@ -104,7 +145,7 @@ def _from_environment(kind: str, field: Field, env: Mapping[str, str], problems:
     return text, variable
 
 
-def _add_metadata(fields: dict[str, Any], sources: dict[str, str], detected: ci.Detected) -> None:
+def _add_metadata(fields: dict[str, Any], sources: dict[str, str], detected: Detected) -> None:
     """Put the automatic keys under the user's own, unless they alone make it too large."""
     own = fields.get("extra_metadata")
     if not detected.metadata or not (own is None or isinstance(own, dict)):

@@ -7,7 +7,7 @@ import random
 import official
 import pytest
 
-from versioner_agent import ci, events
+from versioner_agent import ci, events, sources
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 #: What each system sets, as a job sees it.
@@ -142,7 +142,7 @@ VALUES = [
 
 
 def values_of(kind, env):
-    return {name: value for name, (value, _) in ci.fields_of(kind, ci.detect(env)).items()}
+    return {name: value for name, (value, _) in sources.fields_of(kind, ci.detect(env)).items()}
 
 
 @pytest.mark.parametrize("system", ENVIRONMENTS)
@@ -175,7 +175,7 @@ def test_every_field_told_is_one_that_the_kind_has(kind, system):
 def test_every_value_names_the_variables_it_came_from(system):
     """With them alone it is the same."""
     env = ENVIRONMENTS[system]
-    for field, (value, variables) in ci.fields_of("build", ci.detect(env)).items():
+    for field, (value, variables) in sources.fields_of("build", ci.detect(env)).items():
         named = variables.split(", ")
         assert set(named) <= set(env)
         rest = {name: env[name] for name in named} | {ci._SYSTEMS[system].sign: env[ci._SYSTEMS[system].sign]}
@@ -201,8 +201,8 @@ def test_any_environment_is_read_as_the_official_client_does(kind, seed):
 
 @pytest.mark.parametrize("env", [{}, {"CI": "true"}, dict.fromkeys(VARIABLES, "")], ids=["none", "CI", "empty"])
 def test_outside_ci_nothing_is_told(env):
-    assert ci.detect(env) == ci.NOTHING
-    assert ci.fields_of("build", ci.NOTHING) == ci.fields_of("deployment", ci.NOTHING) == {}
+    assert ci.detect(env) == sources.NOTHING
+    assert sources.fields_of("build", sources.NOTHING) == sources.fields_of("deployment", sources.NOTHING) == {}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,11 @@ def test_outside_ci_nothing_is_told(env):
     ],
 )
 def test_a_sign_has_its_own_spelling(name, value):
-    assert ci.detect({name: value}) == ci.NOTHING
+    assert ci.detect({name: value}) == sources.NOTHING
+
+
+def test_the_signs_are_those_of_the_table():
+    assert tuple(system.sign for system in ci._SYSTEMS.values()) == sources.SIGNS
 
 
 def test_of_several_systems_the_first_of_the_table_is_it():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from versioner_agent import ci, events
+from versioner_agent import ci, events, sources
 from versioner_agent.errors import ValidationError
 
 
 def status(env, system=""):
-    return ci.job_status(env, ci.NOTHING._replace(system=system))
+    return ci.job_status(env, sources.NOTHING._replace(system=system))
 
 
 def refused(env, system=""):

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from versioner_agent import events
-from versioner_agent.ci import NOTHING, detect
+from versioner_agent.ci import detect
 from versioner_agent.errors import ValidationError
-from versioner_agent.sources import Filled, fill
+from versioner_agent.sources import NOTHING, Filled, fill
 
 #: Field -> variable, as the official client has them; written down here once more.
 VARIABLES = {

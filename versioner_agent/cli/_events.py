@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from versioner_agent import ci, events, sources
+from versioner_agent import events, sources
 from versioner_agent.cli import EarlyGroup, _notes
 from versioner_agent.cli._common import echo_json, json_option, load_settings, settings_options, step_down_for
 from versioner_agent.cli._spelling import Bare, as_truth, truth_of
@@ -116,9 +116,13 @@ class Prepared(NamedTuple):
     run_attempt: str | None
 
 
-def detected(options: dict[str, Any]) -> ci.Detected:
+def detected(options: dict[str, Any]) -> sources.Detected:
     """Return what the CI system tells, unless told not to look."""
-    return ci.NOTHING if options["no_detect"] else ci.detect(os.environ)
+    if options["no_detect"] or not any(map(os.environ.get, sources.SIGNS)):
+        return sources.NOTHING
+    from versioner_agent.ci import detect  # noqa: PLC0415  # a table of a millisecond
+
+    return detect(os.environ)
 
 
 def prepare(kind: str, options: dict[str, Any]) -> Prepared:
@@ -130,7 +134,7 @@ def prepare(kind: str, options: dict[str, Any]) -> Prepared:
     if metadata := _tried(problems, lambda: _metadata(options)):
         given["extra_metadata"] = metadata
     if str(given.get("status", "")).strip().lower() == "auto":
-        given["status"] = _tried(problems, lambda: ci.job_status(os.environ, found)) or "completed"
+        given["status"] = _tried(problems, lambda: _job_status(found)) or "completed"
     filled = _tried(problems, lambda: sources.fill(kind, given, os.environ, found, checkout(kind, found, options)))
     fields = filled.fields if filled is not None else given
     if fields.get("skip_preflight_checks") is False:
@@ -155,7 +159,13 @@ def _tried(problems: list[str], act: Callable[[], Result]) -> Result | None:
         return None
 
 
-def checkout(kind: str, found: ci.Detected, options: dict[str, Any]) -> Mapping[str, str]:
+def _job_status(found: sources.Detected) -> str:
+    from versioner_agent.ci import job_status  # noqa: PLC0415  # only for who asks
+
+    return job_status(os.environ, found)
+
+
+def checkout(kind: str, found: sources.Detected, options: dict[str, Any]) -> Mapping[str, str]:
     """Return what git tells of a build outside CI.
 
     A deployment does not deploy the directory it runs in: a wrong SHA would be refused with 409, or bound for good.
@@ -170,7 +180,7 @@ def checkout(kind: str, found: ci.Detected, options: dict[str, Any]) -> Mapping[
         return {}
 
 
-def tell_sources(found: ci.Detected, event: events.Event, origin: Mapping[str, str]) -> None:
+def tell_sources(found: sources.Detected, event: events.Event, origin: Mapping[str, str]) -> None:
     """Say what was detected, and from where."""
     talk = [f"detected CI system: {found.system}" if found.system else "detected no CI system"]
     talk += [
