@@ -93,13 +93,6 @@ class Outbox:
         self.store = Store(path, busy_timeout)
         self.queued_by = queued_by or f"uid {os.getuid()}"
 
-    @classmethod
-    def over(cls, store: Store, queued_by: str) -> Self:
-        """Queue through *store*, which is open already, in the thread that made it."""
-        outbox = cls(store.path, queued_by=queued_by)
-        outbox.store = store
-        return outbox
-
     def enqueue(
         self,
         kind: str,
