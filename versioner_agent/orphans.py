@@ -120,8 +120,9 @@ class Orphans:
             return
         end = found.end or End("aborted", {"error": UNKNOWN}, "")
         event = job.event(end.status, end.added, completed_at=end.completed_at)
-        with self._ledger.at_length("queuing the end of a job whose wrapper was killed"):
-            outbox = Outbox.over(self._ledger.store, job.queued_by)
+        # On a connection of its own: the flusher notices only what others commit (PRAGMA data_version).
+        outbox = Outbox(self._path, busy_timeout=self._ledger.store.busy_timeout, queued_by=job.queued_by)
+        with self._ledger.at_length("queuing the end of a job whose wrapper was killed"), outbox:
             (receipt,) = outbox.enqueue_all([event], run_attempt=job.run_attempt, new=True, event_ids=[job.last_id])
         words = "%s, started %s: its wrapper was killed; queued %d as %s"
         extra = {"action": end.status, "record": receipt.id, "product": receipt.product_name}

@@ -98,13 +98,6 @@ class Outbox:
         self._notices = Notices(self.store)
         self.queued_by = queued_by or f"uid {os.getuid()}"
 
-    @classmethod
-    def over(cls, store: Store, queued_by: str) -> Self:
-        """Queue through *store*, which is open already, in the thread that made it."""
-        outbox = cls(store.path, queued_by=queued_by)
-        outbox.store, outbox._notices = store, Notices(store)
-        return outbox
-
     def enqueue(
         self,
         kind: str,

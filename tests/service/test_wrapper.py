@@ -390,8 +390,11 @@ def test_a_wrapper_that_leads_its_session_passes_a_hangup_on(path):
         )
     said(terminal, b"ready")
     os.close(terminal)
-
-    _, status = os.waitpid(pid, 0)
+    try:
+        _, status = eventually(lambda: (found := os.waitpid(pid, os.WNOHANG))[0] and found)
+    except AssertionError:
+        os.killpg(pid, signal.SIGKILL)
+        raise
 
     assert os.waitstatus_to_exitcode(status) == 5
     assert statuses(path) == ["started", "aborted"]
@@ -583,3 +586,13 @@ def test_root_queues_as_the_owner_of_the_directory_and_the_command_stays_roots(r
     assert os.stat(path).st_uid == 65534
     assert statuses(path) == ["started", "failed"]
     assert files(path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be no more than the owner of a directory")
+def test_root_uses_nothing_in_somebody_elses_directory_that_its_owner_could_not(reachable):
+    path = reachable / "outbox.db"
+    run(path, "true")
+    os.chown(reachable, 65534, 65534)
+
+    check_run_all_the_same(run(path, "sh", "-c", "echo ran; exit 7"))
+    assert statuses(path) == ["started", "completed"]
