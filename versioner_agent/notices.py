@@ -186,6 +186,8 @@ def _on_destination(condition: Condition, now: float) -> tuple[str, ...]:
 def _on_events(connection: sqlite3.Connection, queued: Sequence[Subject | None]) -> dict[Subject, tuple[str, ...]]:
     """Return what there is to tell, by event."""
     subjects = [subject for subject in queued if subject is not None]
+    if len(subjects) == 1 and not any(connection.execute(MAY_TELL, subjects[0][:3]).fetchone() or (1,)):
+        return {}  # as nearly always: no refusals at all, and a new version
     products = list(dict.fromkeys(subject.product_name for subject in subjects))[:MOST_LOOKED_AT]
     refusals = {name: _on_refusals(connection, name) for name in products}
     commits = list({subject[1:]: subject for subject in subjects if subject.scm_sha is not None}.values())
@@ -250,6 +252,11 @@ DESTINATION = """
     SELECT CAST(state AS TEXT), COALESCE(CAST(reason AS TEXT), ''), max(CAST(since AS REAL), 0.0),
         CAST(last_delivered_at AS REAL)
     FROM destination WHERE id = 1
+"""
+MAY_TELL = """
+    SELECT n, EXISTS (
+        SELECT 1 FROM record INDEXED BY record_version WHERE id < ? AND product_name = ? AND version = ?
+    ) FROM tally WHERE state = 'failed'
 """
 COUNT_REFUSED = """
     SELECT count(*) FROM (

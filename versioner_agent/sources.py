@@ -54,41 +54,59 @@ class Filled(NamedTuple):
     sources: dict[str, str]
 
 
-def fill(
-    kind: str,
-    given: Mapping[str, Any],
-    env: Mapping[str, str],
-    detected: Detected,
-    checkout: Mapping[str, str],
-) -> Filled:
-    """Fill what *given* leaves open of an event of *kind*, field by field; unknown names in *given* are kept.
+class Filler:
+    """What environment and CI system say of all events of a kind, looked up once: a call may have thousands."""
 
-    A value that is null or blank leaves its field open; nothing but *given* has a `status`. Of *checkout*, all
-    or nothing is used, for builds outside CI: one source must tell commit, branch and repository.
+    def __init__(self, kind: str, env: Mapping[str, str], detected: Detected) -> None:
+        self._kind = kind
+        self._detected = detected
+        self._problems: dict[str, list[str]] = {}
+        #: Field -> (value, source)
+        self._others: dict[str, tuple[Any, str]] = {}
+        detected_fields = fields_of(kind, detected)
+        for name, field in FIELDS_OF[kind].items():
+            problems: list[str] = []
+            value, source = _from_environment(kind, field, env, problems)
+            if problems:
+                self._problems[name] = problems
+            elif not source:
+                value, source = detected_fields.get(name, ("", ""))
+            if not _is_blank(value):
+                self._others[name] = value, source
 
-    Raises:
-        ValidationError: A variable does not hold what its field needs.
-    """
-    fields = dict(given)
-    sources: dict[str, str] = {}
-    detected_fields = fields_of(kind, detected)
-    problems: list[str] = []
-    for name, field in FIELDS_OF[kind].items():
-        if not _is_open(field, given.get(name)):
-            continue
-        value, source = _from_environment(kind, field, env, problems)
-        if not source:
-            value, source = detected_fields.get(name, ("", ""))
-        if not _is_blank(value):
-            fields[name], sources[name] = value, source
-    if problems:
-        raise ValidationError(problems)
-    _add_metadata(fields, sources, detected)
-    if kind == "build" and not detected.system and all(_is_blank(fields.get(name)) for name in _SCM):
+    def fill(self, given: Mapping[str, Any], checkout: Mapping[str, str]) -> Filled:
+        """Fill what *given* leaves open, field by field; unknown names in *given* are kept.
+
+        A value that is null or blank leaves its field open; nothing but *given* has a `status`. Of *checkout*, all
+        or nothing is used, for builds outside CI: one source must tell commit, branch and repository.
+
+        Raises:
+            ValidationError: A variable does not hold what its field needs.
+        """
+        fields = dict(given)
+        sources: dict[str, str] = {}
+        wrong = [self._problems[name] for name in self._problems if self._is_open(name, given)]
+        if wrong:
+            raise ValidationError([problem for problems in wrong for problem in problems])
+        for name, (value, source) in self._others.items():
+            if self._is_open(name, given):
+                fields[name], sources[name] = value, source
+        _add_metadata(fields, sources, self._detected)
+        if checkout and self._kind == "build" and not self._detected.system:
+            _add_checkout(fields, sources, checkout)
+        return Filled(fields, sources)
+
+    def _is_open(self, name: str, given: Mapping[str, Any]) -> bool:
+        value = given.get(name)
+        # Blank text is no object, and validation says so.
+        return value is None if FIELDS_OF[self._kind][name].type == "object" else _is_blank(value)
+
+
+def _add_checkout(fields: dict[str, Any], sources: dict[str, str], checkout: Mapping[str, str]) -> None:
+    if all(_is_blank(fields.get(name)) for name in _SCM):
         found = {name: checkout[name] for name in _SCM if name in checkout}
         fields |= found
         sources |= dict.fromkeys(found, "git")
-    return Filled(fields, sources)
 
 
 def variable_of(field: Field) -> str:
@@ -117,11 +135,6 @@ def fields_of(kind: str, detected: Detected) -> dict[str, tuple[str, str]]:
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _is_open(field: Field, value: Any) -> bool:
-    # Blank text is no object, and validation says so.
-    return value is None if field.type == "object" else _is_blank(value)
 
 
 def _from_environment(kind: str, field: Field, env: Mapping[str, str], problems: list[str]) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ import pytest
 from versioner_agent import events
 from versioner_agent.ci import detect
 from versioner_agent.errors import ValidationError
-from versioner_agent.sources import NOTHING, Filled, fill
+from versioner_agent.sources import NOTHING, Filled, Filler
 
 #: Field -> variable, as the official client has them; written down here once more.
 VARIABLES = {
@@ -39,7 +39,7 @@ CHECKOUT = {"scm_sha": "a" * 40, "scm_branch": "trunk", "scm_repository": "git.e
 
 
 def filled(kind="build", given=(), env=(), checkout=(), *, ci=()):
-    return fill(kind, dict(given), dict(env), detect(dict(ci)), dict(checkout))
+    return Filler(kind, dict(env), detect(dict(ci))).fill(dict(given), dict(checkout))
 
 
 def problems_of(kind, env):
@@ -131,7 +131,7 @@ def test_unknown_names_and_wrong_types_are_kept_for_validation():
 
 def test_what_was_given_is_not_changed():
     given = {"version": "", "extra_metadata": {"a": 1}}
-    fill("build", given, {"VERSIONER_VERSION": "1"}, detect(GITHUB), CHECKOUT)
+    Filler("build", {"VERSIONER_VERSION": "1"}, detect(GITHUB)).fill(given, CHECKOUT)
 
     assert given == {"version": "", "extra_metadata": {"a": 1}}
 
@@ -278,4 +278,4 @@ def test_only_what_a_checkout_can_tell_is_taken_from_it():
 
 
 def test_nothing_gives_nothing():
-    assert fill("build", {}, {}, NOTHING, {}) == Filled({}, {})
+    assert Filler("build", {}, NOTHING).fill({}, {}) == Filled({}, {})

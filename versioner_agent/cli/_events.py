@@ -135,7 +135,9 @@ def prepare(kind: str, options: dict[str, Any]) -> Prepared:
         given["extra_metadata"] = metadata
     if str(given.get("status", "")).strip().lower() == "auto":
         given["status"] = _tried(problems, lambda: _job_status(found)) or "completed"
-    filled = _tried(problems, lambda: sources.fill(kind, given, os.environ, found, checkout(kind, found, options)))
+    filled = _tried(
+        problems, lambda: sources.Filler(kind, os.environ, found).fill(given, checkout(kind, found, options))
+    )
     fields = filled.fields if filled is not None else given
     if fields.get("skip_preflight_checks") is False:
         del fields["skip_preflight_checks"]  # the official client sends it only where it is true

@@ -97,11 +97,12 @@ def _enqueue_json(options: dict[str, Any]) -> int:
     def complete(kind: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         # Several events are rarely all of what lies here: a wrong SHA would be bound to a version for good.
         git = _events.checkout(kind, found, options) if len(items) == 1 else {}
-        filled = sources.fill(kind, fields, os.environ, found, git)
+        filled = fillers[kind].fill(fields, git)
         if options["verbose"]:
             told.append(filled)
         return filled.fields
 
+    fillers = {kind: sources.Filler(kind, os.environ, found) for kind in events.KINDS}
     told: list[sources.Filled] = []
     valid = bodies.validate_all(
         items, options["kind"], allow_unknown=options["allow_unknown_fields"], complete=complete
