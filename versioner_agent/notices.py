@@ -28,7 +28,8 @@ LOOK_AGAIN_S = 1.0
 #: So long the look waits for a writer: the events are safe, and the build goes on.
 PATIENCE_MS = 100
 MOST_MS = 2**31 - 1  # that SQLite takes
-#: Products, and versions of them, of one batch that are looked at.
+#: Events of one batch that are looked at, and products, and versions of them.
+MOST_EVENTS = 500
 MOST_LOOKED_AT = 50
 MOST_REFUSALS = 1000
 #: The schema from which on there are the indexes for what concerns single events.
@@ -96,6 +97,8 @@ class Notices:
         if condition is not None:
             self._on_outbox = _on_outbox(self._store, condition, time.time())
             self._looked_at = moment
+        if not said:
+            return [self._on_outbox] * len(queued)
         return [(*self._on_outbox, *(said.get(subject, ()) if subject else ())) for subject in queued]
 
 
@@ -186,6 +189,8 @@ def _on_destination(condition: Condition, now: float) -> tuple[str, ...]:
 def _on_events(connection: sqlite3.Connection, queued: Sequence[Subject | None]) -> dict[Subject, tuple[str, ...]]:
     """Return what there is to tell, by event."""
     subjects = [subject for subject in queued if subject is not None]
+    if not subjects:
+        return {}
     if len(subjects) == 1 and not any(connection.execute(MAY_TELL, subjects[0][:3]).fetchone() or (1,)):
         return {}  # as nearly always: no refusals at all, and a new version
     products = list(dict.fromkeys(subject.product_name for subject in subjects))[:MOST_LOOKED_AT]

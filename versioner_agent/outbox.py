@@ -29,7 +29,7 @@ from versioner_agent.batches import (
 from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.files import FLOOR_BYTES, ROOM_BYTES
 from versioner_agent.integrity import digest
-from versioner_agent.notices import Notices, Subject
+from versioner_agent.notices import MOST_EVENTS, Notices, Subject
 from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, Store
 
 LIVE_STATES = ("pending", "delivered", "exported")
@@ -180,7 +180,9 @@ class Outbox:
 
     def _with_notices(self, receipts: list[Receipt], ready: list[_Ready]) -> list[Receipt]:
         """Add what the authors should know; the events are safe by now."""
-        subjects = [_subject(receipt, each.event) for receipt, each in zip(receipts, ready, strict=True)]
+        looked_at = zip(receipts[:MOST_EVENTS], ready, strict=False)
+        subjects = [_subject(receipt, each.event) for receipt, each in looked_at]
+        subjects += [None] * (len(receipts) - len(subjects))
         return [
             receipt._replace(warnings=(*receipt.warnings, *said)) if said else receipt
             for receipt, said in zip(receipts, self._notices.on(subjects), strict=True)
