@@ -29,7 +29,7 @@ LOOK_AGAIN_S = 1.0
 PATIENCE_MS = 100
 MOST_MS = 2**31 - 1  # that SQLite takes
 #: Events of one batch that are looked at, and products, and versions of them.
-MOST_EVENTS = 500
+MOST_EVENTS = 1000
 MOST_LOOKED_AT = 50
 MOST_REFUSALS = 1000
 #: The schema from which on there are the indexes for what concerns single events.
