@@ -10,6 +10,13 @@ from collections.abc import Iterator
 
 from measure import COMMAND, HERE, PYTHON, Bench, Result, environment, in_turns, outbox_environment, seconds
 
+#: What a CI system says of a run.
+CI = {
+    "GITHUB_ACTIONS": "true", "GITHUB_REPOSITORY": "acme/payments", "GITHUB_SHA": "8d1f0c7e5b9a4d3c2b1a0f9e8d7c6b5a49382716",
+    "GITHUB_REF_NAME": "main", "GITHUB_RUN_ID": "77", "GITHUB_RUN_NUMBER": "7", "GITHUB_RUN_ATTEMPT": "1",
+    "GITHUB_SERVER_URL": "https://github.com", "GITHUB_ACTOR": "jo", "GITHUB_WORKFLOW": "build", "GITHUB_JOB": "build",
+}  # fmt: skip
+
 
 def enqueue_process(bench: Bench) -> Iterator[Result]:
     """Measure it with outbox and configuration named by the environment."""
@@ -18,14 +25,14 @@ def enqueue_process(bench: Bench) -> Iterator[Result]:
 
 
 def enqueue_process_files(bench: Bench) -> Iterator[Result]:
-    """Measure it with the outbox named by the user's configuration file."""
+    """Measure it with the outbox named by the user's configuration file, in a CI system."""
     home = bench.directory
     folder = os.path.join(home, ".config", "versioner-agent")
     os.makedirs(folder)
     with open(os.path.join(folder, "config.toml"), "w", encoding="utf-8") as file:
         file.write(f'db = "{os.path.join(home, "outbox.db")}"\n')
     folders = {"XDG_CONFIG_HOME": os.path.join(home, ".config"), "XDG_STATE_HOME": os.path.join(home, "state")}
-    ours, floor = _compared(bench, environment(HOME=home, **folders))
+    ours, floor = _compared(bench, environment(HOME=home, **folders, **CI))
     yield Result("enqueue_process_files", ours, "ms", 1.45, floor)
 
 
