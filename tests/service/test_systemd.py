@@ -73,6 +73,11 @@ class Site:
     def status(self, user="ci"):
         return json.loads(self.agent("status", "--json", user=user).stdout)
 
+    def records(self, product):
+        """A product's records, the newest first."""
+        lines = self.agent("list", "--json", "--product", product, user="ci").stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
     def says(self, words):
         """Wait until systemd's line on the service has these words (a regular expression); returns the line."""
         return self.machine.wait(lambda: re.search(words, self.show("StatusText")) and self.show("StatusText"))
@@ -185,6 +190,36 @@ def test_a_job_in_a_hardened_unit_of_its_own_is_told_the_line_that_it_needs(site
     assert refused.returncode == 1
     assert f"ReadWritePaths={STATE}" in (refused.stderr + refused.stdout).decode()
     site.arrive(["1.0.0-hardened"])
+
+
+def test_a_jobs_gate_asks_the_rules_through_the_service(site):
+    """A member has no key: the service asks, and what a rule says is the job's exit code."""
+    site.stop_api()
+    site.start_api("--blocked", "frozen")
+    start = ("track", "deployment", "--product", "gated", "--version", "1", "--status=started", "--gate-timeout=50")
+
+    allowed = site.agent(*start, "--environment=open", user="ci")
+    forbidden = site.agent(*start, "--environment=frozen", user="ci", check=False)
+
+    assert b"allowed" in allowed.stderr
+    assert (forbidden.returncode, b"NO_DEPLOY_WINDOW" in forbidden.stderr) == (5, True)
+    site.agent("discard", *re.findall(r"blocked (\d+):", forbidden.stderr.decode()), user="ci")
+
+
+def test_the_service_tells_the_end_of_a_job_that_was_killed(site):
+    wrapped = "versioner-agent exec build --product wrapped --version 1 -- sleep 3600"
+    job = site.machine.start("runuser", "-u", "ci", "--", *wrapped.split())
+    site.machine.wait(lambda: site.sh("pgrep -x sleep || true").stdout)
+
+    site.sh("pkill -KILL -f '^/opt/versioner-agent/bin/python.* exec build'; pkill -x sleep")
+    site.machine.end(job)
+    site.machine.wait(lambda: len(site.records("wrapped")) == 2)
+    records = site.records("wrapped")
+    assert [record["status"] for record in records] == ["aborted", "started"]
+    assert len({record["invoke_id"] for record in records}) == 1
+    assert records[0]["queued_by"].startswith("ci (uid ")
+    site.machine.wait(lambda: site.status()["counts"]["pending"] == 0)
+    assert site.sh(f"ls {STATE} | grep job- || true").stdout == b""
 
 
 def test_the_key_is_for_the_service_alone(site):
