@@ -16,7 +16,7 @@ def parsed(*args):
     @click.command(cls=SpelledCommand)
     @click.option("-q", "--quiet", is_flag=True)
     @click.option("--name")
-    @click.option("--wait", cls=Bare, bare="60", type=float)
+    @click.option("--wait", cls=Bare, bare="60", type=click.FloatRange(min=0))
     @click.option("--fail", cls=Bare, bare="true", callback=as_truth)
     @click.argument("rest", nargs=-1)
     def command(**found):
@@ -37,6 +37,8 @@ def found(**changes):
         (("--wait",), {"wait": 60}),
         (("--wait=2.5",), {"wait": 2.5}),
         (("--wait", "file"), {"wait": 60, "rest": ["file"]}),
+        (("--wait", "2.5", "7"), {"wait": 2.5, "rest": ["7"]}),
+        (("--fail", "0"), {"fail": True, "rest": ["0"]}),
         (("--fail",), {"fail": True}),
         (("--fail=false",), {"fail": False}),
         (("--fail=F", "--fail=1"), {"fail": True}),

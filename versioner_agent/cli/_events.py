@@ -60,6 +60,13 @@ def event_options(kind: str, *, but: tuple[str, ...] = ()) -> Callable[[Decorate
     return decorate
 
 
+_MARKS = {
+    "product_name": " [required outside CI]",
+    "version": " [required outside CI]",
+    "environment_name": " [required]",
+}
+
+
 def _option(field: events.Field) -> Callable[[Decorated], Decorated]:
     if field.type == "boolean":
         return truth_option(field.option, field.name, help=field.help)
@@ -71,7 +78,7 @@ def _option(field: events.Field) -> Callable[[Decorated], Decorated]:
         default=default,
         show_default=default is not None,
         metavar=metavar,
-        help=field.help + (" [required]" if field.required and default is None else ""),
+        help=field.help + _MARKS.get(field.name, ""),
     )
 
 

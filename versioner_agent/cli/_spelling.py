@@ -15,11 +15,15 @@ _TRUTH = {
 
 
 class Bare(click.Option):
-    """An option whose value may be left out: then it is *bare*. A value follows only behind an equals sign."""
+    """An option whose value may be left out: then it is *bare*. A value follows an equals sign; a number, also a space."""
 
     def __init__(self, *args: Any, bare: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bare = bare
+
+    def takes(self, word: str) -> bool:
+        """Tell whether *word*, which stands behind it, is its value."""
+        return isinstance(self.type, click.FloatRange) and word.replace(".", "", 1).isdecimal()
 
 
 class SpelledCommand(click.Command):
@@ -41,7 +45,8 @@ def _spelled(ctx: click.Context, params: Iterable[click.Parameter], args: Sequen
         name, equals, value = word.partition("=")
         option = options.get(name)
         if isinstance(option, Bare):
-            result.append(word if equals else f"{word}={option.bare}")
+            given = left.pop() if not equals and left and option.takes(left[-1]) else option.bare
+            result.append(word if equals else f"{word}={given}")
         elif option is not None and option.is_flag and equals:
             result += [name] if _truth(ctx, option, value) else []
         else:
