@@ -15,7 +15,7 @@ _TRUTH = {
 
 
 class Bare(click.Option):
-    """An option whose value may be left out: then it is *bare*. A value follows an equals sign; a number, also a space."""
+    """An option whose value may be left out: then it is *bare*. It follows an equals sign; a number, also a space."""
 
     def __init__(self, *args: Any, bare: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
