@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import shutil
@@ -62,6 +63,16 @@ def _own_environment(monkeypatch, tmp_path):
 def _no_container(monkeypatch):
     """Tests are run in containers too, whose file system is not what they are about."""
     monkeypatch.setattr(notices, "_is_in_container", lambda _: False)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """No test hears less for what a command in this process has set up."""
+    ours = logging.getLogger("versioner_agent")
+    before = ours.level, ours.propagate, list(ours.handlers)
+    yield
+    ours.setLevel(before[0])
+    ours.propagate, ours.handlers = before[1:]
 
 
 @pytest.fixture

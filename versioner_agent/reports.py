@@ -48,7 +48,7 @@ def in_trouble(health: Health) -> str:
     """Say what keeps events from the API, as it was seen last; empty where nothing is known to."""
     if health.state not in TROUBLE:
         return ""
-    return f"the API is {health.state} ({health.reason})" if health.reason else f"the API is {health.state}"
+    return f"the API is {health.state}: {health.reason}" if health.reason else f"the API is {health.state}"
 
 
 def _clock(then: float, now: float) -> str:

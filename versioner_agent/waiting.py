@@ -27,6 +27,8 @@ from versioner_agent.reports import TROUBLE, in_trouble
 from versioner_agent.storage import Store
 
 STILL_QUEUED = 75  # EX_TEMPFAIL of sysexits(3)
+#: With less time left than this no request is begun: it would be cut off before an answer could come (seconds).
+SHORTEST_S = 0.05
 #: So long, at least, it is remembered that the API could not be asked (seconds).
 REMEMBERED_S = 60.0
 
@@ -185,7 +187,7 @@ class _Wait:
                 return "interrupted"
             if time.monotonic() >= self._end:
                 return self._why(sharing)
-            if not sharing and take_turn(self._lock):
+            if not sharing and self._may_ask() and take_turn(self._lock):
                 self._deliver()
             else:
                 time.sleep(min(LOCK_POLL_S, max(0.0, self._end - time.monotonic())))
@@ -219,9 +221,12 @@ class _Wait:
         )
         self.signal = self._turn.signal
 
+    def _may_ask(self) -> bool:
+        return time.monotonic() < self._end - SHORTEST_S
+
     def _is_settled(self, _: Flusher) -> bool:
         try:
-            return not self.wanted.is_waiting()
+            return not (self._may_ask() and self.wanted.is_waiting())
         except OutboxError:
             return False  # the flusher meets the same error and says so
 

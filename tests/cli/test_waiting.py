@@ -147,7 +147,7 @@ def test_what_is_still_queued_exits_75_and_says_why(said, deployment):
     code, out, err = said(f"http://127.0.0.1:{free_port()}", [deployment], 0.3)
 
     assert (code, out) == (75, "")
-    assert err.startswith("1 event is still queued: the API is down (can't connect")
+    assert err.startswith("1 event is still queued: the API is down: can't connect")
     assert len(err.splitlines()) == 1
 
 
@@ -155,7 +155,7 @@ def test_a_gate_that_could_not_ask_says_so_loudly_and_exits_0(said, deployment):
     code, _, err = said(f"http://127.0.0.1:{free_port()}", [deployment], 0.3, is_gate=True)
 
     assert code == 0
-    assert err.startswith(f"warning: {WHAT} was NOT checked against the rules: the API is down (can't connect")
+    assert err.startswith(f"warning: {WHAT} was NOT checked against the rules: the API is down: can't connect")
     assert err.endswith("; it is queued (1)\n")
 
 
@@ -311,5 +311,5 @@ def test_a_gate_whose_api_is_known_to_be_down_sends_nothing(said, serve, deploym
     code, _, err = said(server.url, [deployment], is_gate=True)
 
     assert code == 0
-    assert f"{WHAT} was NOT checked against the rules: the API is down (no route); it is queued (1)" in err
+    assert f"{WHAT} was NOT checked against the rules: the API is down: no route; it is queued (1)" in err
     assert server.requests == []

@@ -462,7 +462,7 @@ def test_an_interpreter_in_a_hidden_place_is_refused_behind_its_link(tmp_path):
     (tmp_path / "python").symlink_to(tmp_path / "hidden" / "python")
     with pytest.raises(AgentError, match=f"could not run {tmp_path}/hidden/python"):
         program.check_readable(
-            Program(("/usr/bin/env",), "/usr/bin/env", (), ""),
+            Program(("/usr/bin/env",), "/usr/bin/env", (), "/usr/bin/env"),
             interpreter=str(tmp_path / "python"),
             hidden=(str(tmp_path / "hidden"),),
         )

@@ -121,12 +121,12 @@ def test_a_verdict_ends_the_waiting(place, serve, kind, reaction, state, reason,
 @pytest.mark.parametrize(
     ("reaction", "words"),
     [
-        (refused(401, "Invalid API key"), "the API is unauthorized (Invalid API key)"),
+        (refused(401, "Invalid API key"), "the API is unauthorized: Invalid API key"),
         (answer(403, PORTAL), "the API is not_authentic"),
         (refused(404), "the API is misrouted"),
-        (answer(302, b"", location="http://login.invalid/"), "the API is misrouted (redirected to"),
-        (refused(503, "maintenance"), "the API is down (maintenance)"),
-        (refused(429, "slow down", retry_after="60"), "the API is rate_limited (slow down)"),
+        (answer(302, b"", location="http://login.invalid/"), "the API is misrouted: redirected to"),
+        (refused(503, "maintenance"), "the API is down: maintenance"),
+        (refused(429, "slow down", retry_after="60"), "the API is rate_limited: slow down"),
     ],
 )
 def test_what_is_no_verdict_leaves_the_event_queued_and_says_why(place, serve, reaction, words):
@@ -142,7 +142,7 @@ def test_what_is_no_verdict_leaves_the_event_queued_and_says_why(place, serve, r
 def test_an_api_that_is_away_leaves_the_event_queued(place):
     waited = place.wait(f"http://127.0.0.1:{free_port()}", place.queue("payments"), 0.3)
 
-    assert "the API is down (can't connect" in waited.note
+    assert "the API is down: can't connect" in waited.note
 
 
 def test_transient_failures_are_tried_again_within_the_timeout(place, serve):
@@ -555,7 +555,7 @@ def test_a_gate_does_not_wait_for_what_is_known_to_be_in_trouble(place, serve, s
 
     waited = place.wait(server.url, ids, is_gate=True)
 
-    assert waited.note == f"the API is {state} (no route to host)"
+    assert waited.note == f"the API is {state}: no route to host"
     assert server.requests == []
 
 
@@ -579,7 +579,7 @@ def test_a_gate_beside_an_agent_in_trouble_does_not_wait(place, serve, somebody)
     place.queue("payments")
     place.is_in("down", next_attempt_at=time.time() - 1)
 
-    assert place.wait(serve().url, [1], is_gate=True).note == "the API is down (no route to host)"
+    assert place.wait(serve().url, [1], is_gate=True).note == "the API is down: no route to host"
 
 
 def test_a_gate_waits_for_trouble_that_begins_while_it_waits(place, serve, somebody):
