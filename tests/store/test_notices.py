@@ -30,7 +30,7 @@ def path(tmp_path):
 
 @pytest.fixture(autouse=True)
 def clock():
-    with freeze_time("2027-01-15T08:00:00Z", ignore=["_pytest"]) as frozen:
+    with freeze_time("2027-01-15T08:00:00Z") as frozen:
         yield frozen
 
 
