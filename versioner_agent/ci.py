@@ -61,13 +61,14 @@ def _jenkins_product(url: str) -> str:
 
 
 def _without_password(url: str) -> str:
-    """Return *url* without `user:password@` or a token; a user alone stays, for the official client sends it.
+    """Return *url* without `user:password@`, token or query; a user alone stays, for the official client sends it.
 
     Up to the last `@` before the path, as curl reads it: a password may hold one itself. Without a scheme, a colon
     behind the first `@` begins a path (`git@host:owner/repo`).
     """
     url = re.sub(r"\A(?:([^/@]*://+)|(?=[^/@]*:))[^/:]*:[^/]*@", r"\1", url)
-    return re.sub(rf"\A([^/@:]*://+)[^/@]{{{LEAST_TOKEN},}}@", r"\1", url)
+    url = re.sub(rf"\A([^/@:]*://+)[^/@]{{{LEAST_TOKEN},}}@", r"\1", url)
+    return re.sub(r"[?#].*", "", url, flags=re.DOTALL)
 
 
 #: In the order in which they are looked for.
@@ -328,8 +329,10 @@ def job_status(env: Mapping[str, str], detected: Detected) -> str:
     Raises:
         ValidationError: Nothing tells the status, or what it tells is no end of a job.
     """
-    ordered = sorted(_STATUS_OF, key=lambda system: system != detected.system)
-    for variable, is_exit_code in [(_STATUS_VARIABLE, False), *(_STATUS_OF[system] for system in ordered)]:
+    # Of one system within another, only its own word is its job's.
+    systems = [detected.system] if detected.system else list(_STATUS_OF)
+    known = [_STATUS_OF[system] for system in systems if system in _STATUS_OF]
+    for variable, is_exit_code in [(_STATUS_VARIABLE, False), *known]:
         said = _variable(env, variable).strip()
         if said:
             return _from_exit_code(variable, said) if is_exit_code else _ended(variable, said)

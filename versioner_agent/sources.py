@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from versioner_agent.errors import ValidationError
 from versioner_agent.events import FIELDS_OF, Field, metadata_problems
-from versioner_agent.values import shown
 
-#: Kind -> fields whose variable the official client does not read.
-_NOT_READ = {"build": {"status"}, "deployment": {"status", "scm_branch", "build_url"}}
-#: As Go's strconv.ParseBool has them.
-_BOOLEANS = {
-    **dict.fromkeys(("1", "t", "T", "TRUE", "true", "True"), True),
-    **dict.fromkeys(("0", "f", "F", "FALSE", "false", "False"), False),
-}
+#: Fields whose variable the official client does not read, of all kinds and of one.
+_NOT_READ = frozenset({"status", "started_at", "completed_at", "skip_preflight_checks", "extra_metadata"})
+_NOT_READ_OF = {"build": _NOT_READ, "deployment": _NOT_READ | {"scm_branch", "build_url"}}
 _SCM = ("scm_sha", "scm_branch", "scm_repository")
 
 
@@ -60,46 +54,28 @@ class Filler:
     def __init__(self, kind: str, env: Mapping[str, str], detected: Detected) -> None:
         self._kind = kind
         self._detected = detected
-        self._problems: dict[str, list[str]] = {}
         #: Field -> (value, source)
-        self._others: dict[str, tuple[Any, str]] = {}
-        detected_fields = fields_of(kind, detected)
+        self._others = fields_of(kind, detected)
         for name, field in FIELDS_OF[kind].items():
-            problems: list[str] = []
-            value, source = _from_environment(kind, field, env, problems)
-            if problems:
-                self._problems[name] = problems
-            elif not source:
-                value, source = detected_fields.get(name, ("", ""))
-            if not _is_blank(value):
-                self._others[name] = value, source
+            variable = variable_of(field)
+            if name not in _NOT_READ_OF[kind] and not _is_blank(env.get(variable)):
+                self._others[name] = env[variable], variable
 
     def fill(self, given: Mapping[str, Any], checkout: Mapping[str, str]) -> Filled:
         """Fill what *given* leaves open, field by field; unknown names in *given* are kept.
 
         A value that is null or blank leaves its field open; nothing but *given* has a `status`. Of *checkout*, all
         or nothing is used, for builds outside CI: one source must tell commit, branch and repository.
-
-        Raises:
-            ValidationError: A variable does not hold what its field needs.
         """
         fields = dict(given)
         sources: dict[str, str] = {}
-        wrong = [self._problems[name] for name in self._problems if self._is_open(name, given)]
-        if wrong:
-            raise ValidationError([problem for problems in wrong for problem in problems])
         for name, (value, source) in self._others.items():
-            if self._is_open(name, given):
+            if _is_blank(given.get(name)) and not _is_blank(value):
                 fields[name], sources[name] = value, source
         _add_metadata(fields, sources, self._detected)
         if checkout and self._kind == "build" and not self._detected.system:
             _add_checkout(fields, sources, checkout)
         return Filled(fields, sources)
-
-    def _is_open(self, name: str, given: Mapping[str, Any]) -> bool:
-        value = given.get(name)
-        # Blank text is no object, and validation says so.
-        return value is None if FIELDS_OF[self._kind][name].type == "object" else _is_blank(value)
 
 
 def _add_checkout(fields: dict[str, Any], sources: dict[str, str], checkout: Mapping[str, str]) -> None:
@@ -137,27 +113,6 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _from_environment(kind: str, field: Field, env: Mapping[str, str], problems: list[str]) -> tuple[Any, str]:
-    """Return (value, variable), both empty where it is not set; what is wrong with it goes into *problems*."""
-    variable = variable_of(field)
-    text = env.get(variable, "")
-    if field.name in _NOT_READ[kind] or _is_blank(text):
-        return "", ""
-    if field.type == "boolean":
-        if text not in _BOOLEANS:
-            problems.append(f"{variable}: must be true or false, not {shown(text)}")
-        return _BOOLEANS.get(text, ""), variable
-    if field.type == "object":
-        from versioner_agent.bodies import parse_object  # noqa: PLC0415  # only where there is JSON to read
-
-        try:
-            return parse_object(text, variable), variable
-        except ValidationError as exc:
-            problems += exc.problems
-            return "", variable
-    return text, variable
-
-
 def _add_metadata(fields: dict[str, Any], sources: dict[str, str], detected: Detected) -> None:
     """Put the automatic keys under the user's own, unless they alone make it too large."""
     own = fields.get("extra_metadata")
@@ -166,5 +121,4 @@ def _add_metadata(fields: dict[str, Any], sources: dict[str, str], detected: Det
     merged = {**detected.metadata, **(own or {})}
     if not metadata_problems(merged):
         fields["extra_metadata"] = merged
-        if own is None:
-            sources["extra_metadata"] = detected.system
+        sources["extra_metadata"] = f"{detected.system}, beside your own" if own else detected.system

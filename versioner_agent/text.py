@@ -17,12 +17,16 @@ from typing import Any, TextIO
 _KEY = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt]))sk_([A-Za-z0-9-]{1,64})_[A-Za-z0-9_-]+"
 #: Control, format (bidi, zero width), surrogate, private and line/paragraph separator characters.
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+#: What Azure DevOps (`##vso[…]`) and GitHub Actions (`##[…]`) take for a command wherever it stands in a line of a log.
+_COMMAND = r"#(?=#\w*\[)"
 _UNITS = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def printable(value: str) -> str:
-    """Return *value* with every character that could steer a terminal or split a line written as an escape."""
-    return _escaped(value, lambda character: character.encode("unicode_escape", "backslashreplace").decode("ascii"))
+    """Return *value* with what could steer a terminal, split a line or command a CI system written as escapes."""
+    return _escaped(
+        value, "\\x23", lambda character: character.encode("unicode_escape", "backslashreplace").decode("ascii")
+    )
 
 
 def json_line(value: Any, stream: TextIO) -> str:
@@ -31,10 +35,15 @@ def json_line(value: Any, stream: TextIO) -> str:
     Where *stream* is not UTF-8, as JSON is (RFC 8259 section 8.1), letters are escaped too.
     """
     is_utf8 = (stream.encoding or "").lower().replace("_", "-") in ("utf-8", "utf8")
-    return _escaped(json.dumps(value, ensure_ascii=not is_utf8), lambda character: json.dumps(character)[1:-1])
+    return _escaped(
+        json.dumps(value, ensure_ascii=not is_utf8), "\\u0023", lambda character: json.dumps(character)[1:-1]
+    )
 
 
-def _escaped(value: str, escape: Callable[[str], str]) -> str:
+def _escaped(value: str, mark: str, escape: Callable[[str], str]) -> str:
+    """Return *value* with *escape* of what could steer a terminal, and *mark* for a `#` that would begin a command."""
+    if "##" in value:
+        value = re.sub(_COMMAND, lambda _: mark, value)
     if value.isascii() and value.isprintable():
         return value
     import unicodedata  # noqa: PLC0415  # rarely needed, and the enqueue path imports this module

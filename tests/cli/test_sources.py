@@ -222,6 +222,25 @@ def test_best_effort_can_be_a_hosts_setting(cli, db, tmp_path):
     assert done.code == 0
 
 
+@pytest.mark.parametrize("said", ["environment", "file"])
+def test_best_effort_can_be_refused_by_the_call(cli, db, tmp_path, monkeypatch, said):
+    (tmp_path / "soft.toml").write_text("best_effort = true\n" if said == "file" else "")
+    if said == "environment":
+        monkeypatch.setenv("VERSIONER_AGENT_BEST_EFFORT", "true")
+    call = (*BUILD, "--config", str(tmp_path / "soft.toml"), *missing_directory(db, tmp_path))
+
+    assert (cli(*call).code, cli(*call, "--best-effort=false").code) == (0, 1)
+
+
+def test_a_deployment_that_could_not_be_queued_was_not_checked(cli, db, tmp_path):
+    start = ("track", "deployment", *BUILD[2:], "--environment=e", "--status=started", "--best-effort")
+    start += missing_directory(db, tmp_path)
+
+    done = cli(*start)
+    assert (done.code, "NOT checked against the rules" in done.err) == (0, True)
+    assert cli(*start, "--fail-on-api-error").code == 75
+
+
 def test_an_invalid_event_is_an_error_even_so(cli, db):
     assert cli("enqueue", "build", "--product", "p", "--best-effort").code == 2
     assert cli(*BUILD, "--status", "wat", "--best-effort").code == 2
@@ -257,6 +276,42 @@ def test_the_options_of_the_official_client_are_taken(cli, db, env):
     assert payload(db, 2)["skip_preflight_checks"] is True
     assert cli("track", "deployment", *BUILD[2:], "--environment=e", "--skip-preflight-checks=false").code == 0
     assert "skip_preflight_checks" not in payload(db, 3)
+
+
+def test_a_template_whose_variable_is_unset_is_as_if_nothing_was_said(cli, db, env):
+    done = cli("track", "build", *BUILD[2:], "--api-key=", "--api-url=", "--scm-sha=", "--extra-metadata=")
+
+    assert (done.code, done.err) == (0, "")
+
+
+def test_a_report_of_a_failure_may_hold_any_bytes(cli, db):
+    assert cli(*BUILD, "--status=failed", "--error", "x" * 200_000 + "\udce9").code == 0
+    assert cli(*BUILD, "--status=failed", "--error", "caf\udce9").code == 0
+
+    assert len(payload(db)["extra_metadata"]["error"]) == 10_000
+    assert payload(db, 2)["extra_metadata"]["error"] == "caf?"
+
+
+@pytest.mark.parametrize("word", ["nan", "-1", "soon", "inf", "1e9"])
+def test_a_wait_that_would_never_end_is_refused(cli, db, word):
+    assert cli(*BUILD, f"--wait={word}").code == 2
+    assert not db.exists()
+
+
+def test_the_official_clients_file_is_named_where_something_is_missing(cli, tmp_path):
+    assert "hint" not in cli("track", "build").err
+    (tmp_path / "config.yaml").write_text("product: payments\n")
+
+    done = cli("track", "build")
+    assert done.code == 2
+    assert "hint: config.yaml of the official client is not read" in done.err
+
+
+@pytest.mark.parametrize("words", [("track",), ("exec",), ("enqueue",), ()])
+def test_without_a_command_the_help_is_readable(cli, words):
+    done = cli(*words)
+
+    assert "\n\nOptions:\n" in done.out + done.err or "\nOptions:\n" in done.out + done.err
 
 
 def test_a_key_on_the_command_line_is_warned_of_and_kept_nowhere(cli, db, env):

@@ -266,7 +266,8 @@ def test_jenkins_repository_is_normalized_as_the_official_client_does(url, sent)
         ("ssh://jane:s3cret@git.example/acme/payments", "ssh///git.example/acme/payments"),
         ("https:///jane:s3cret@git.example/x", "/git.example/x"),
         ("jane:s3cret@git.example/acme/payments", "git.example/acme/payments"),
-        ("jane:s3cret@git.example/x?from=https://a@b", "git.example/x?from=https///a@b"),
+        ("jane:s3cret@git.example/x?from=https://a@b", "git.example/x"),
+        ("https://git.example/acme/payments.git?private_token=s3cret", "git.example/acme/payments"),
     ],
 )
 def test_a_password_in_the_repository_is_never_sent(url, sent):

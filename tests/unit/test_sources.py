@@ -9,7 +9,6 @@ import pytest
 
 from versioner_agent import events
 from versioner_agent.ci import detect
-from versioner_agent.errors import ValidationError
 from versioner_agent.sources import NOTHING, Filled, Filler
 
 #: Field -> variable, as the official client has them; written down here once more.
@@ -19,12 +18,13 @@ VARIABLES = {
     "build_url": "VERSIONER_BUILD_URL", "build_number": "VERSIONER_BUILD_NUMBER",
     "source_system": "VERSIONER_SOURCE_SYSTEM", "invoke_id": "VERSIONER_INVOKE_ID", "built_by": "VERSIONER_BUILT_BY",
     "built_by_email": "VERSIONER_BUILT_BY_EMAIL", "built_by_name": "VERSIONER_BUILT_BY_NAME",
-    "started_at": "VERSIONER_STARTED_AT", "deployed_by": "VERSIONER_DEPLOYED_BY",
+    "deployed_by": "VERSIONER_DEPLOYED_BY",
     "deployed_by_email": "VERSIONER_DEPLOYED_BY_EMAIL", "deployed_by_name": "VERSIONER_DEPLOYED_BY_NAME",
-    "deploy_url": "VERSIONER_DEPLOY_URL", "completed_at": "VERSIONER_COMPLETED_AT",
+    "deploy_url": "VERSIONER_DEPLOY_URL",
 }  # fmt: skip
+FLAGS_ALONE = {"status", "started_at", "completed_at", "skip_preflight_checks", "extra_metadata"}
 NOT_READ = {("deployment", "scm_branch"), ("deployment", "build_url")}
-BUILD_ONLY = {"built_by", "built_by_email", "built_by_name", "started_at"}
+BUILD_ONLY = {"built_by", "built_by_email", "built_by_name"}
 DEPLOYMENT_ONLY = {"environment_name", "deployed_by", "deployed_by_email", "deployed_by_name", "deploy_url"}
 READ_OF = {
     "build": {name for name in VARIABLES if name not in DEPLOYMENT_ONLY},
@@ -42,16 +42,15 @@ def filled(kind="build", given=(), env=(), checkout=(), *, ci=()):
     return Filler(kind, dict(env), detect(dict(ci))).fill(dict(given), dict(checkout))
 
 
-def problems_of(kind, env):
-    with pytest.raises(ValidationError) as caught:
-        filled(kind, env=env)
-    return caught.value.problems
+def test_every_option_but_those_that_the_official_client_takes_from_flags_alone_has_its_variable():
+    assert {*VARIABLES, *FLAGS_ALONE} == set(events.ALL_NAMES)
 
 
-def test_every_option_but_status_and_the_two_rare_types_has_its_variable():
-    rare = {"status", "skip_preflight_checks", "extra_metadata"}
+@pytest.mark.parametrize("kind", events.KINDS)
+def test_what_the_official_client_takes_from_flags_alone_is_read_from_no_variable(kind):
+    env = {f"VERSIONER_{name.upper()}": "true" for name in FLAGS_ALONE}
 
-    assert {*VARIABLES, *rare} == set(events.ALL_NAMES)
+    assert filled(kind, env=env) == Filled({}, {})
 
 
 @pytest.mark.parametrize("kind", events.KINDS)
@@ -117,8 +116,6 @@ def test_a_blank_variable_is_not_set(blank):
     """Of the user's as of the CI system's."""
     assert filled("build", env={"VERSIONER_VERSION": blank}, ci=GITHUB).fields["version"] == "01234567"
     assert "version" not in filled("build", ci={**GITHUB, "GITHUB_SHA": blank}).fields
-    assert filled("deployment", env={"VERSIONER_SKIP_PREFLIGHT_CHECKS": blank}) == Filled({}, {})
-    assert filled("build", env={"VERSIONER_EXTRA_METADATA": blank}) == Filled({}, {})
 
 
 def test_unknown_names_and_wrong_types_are_kept_for_validation():
@@ -136,78 +133,19 @@ def test_what_was_given_is_not_changed():
     assert given == {"version": "", "extra_metadata": {"a": 1}}
 
 
-# The two rare types.
-
-
-@pytest.mark.parametrize("text", ["1", "t", "T", "TRUE", "true", "True"])
-def test_a_true_variable(text):
-    assert filled("deployment", env={"VERSIONER_SKIP_PREFLIGHT_CHECKS": text}) == Filled(
-        {"skip_preflight_checks": True}, {"skip_preflight_checks": "VERSIONER_SKIP_PREFLIGHT_CHECKS"}
-    )
-
-
-@pytest.mark.parametrize("text", ["0", "f", "F", "FALSE", "false", "False"])
-def test_a_false_variable(text):
-    assert filled("deployment", env={"VERSIONER_SKIP_PREFLIGHT_CHECKS": text}).fields == {
-        "skip_preflight_checks": False
-    }
-
-
-@pytest.mark.parametrize("text", ["yes", "tRUE", "2", " true", "on", "\x1b[31m"], ids=ascii)
-def test_another_boolean_is_refused_by_the_variables_name(text):
-    (problem,) = problems_of("deployment", {"VERSIONER_SKIP_PREFLIGHT_CHECKS": text})
-
-    assert problem.startswith("VERSIONER_SKIP_PREFLIGHT_CHECKS: must be true or false")
-    assert problem.isprintable()
-
-
-def test_a_given_boolean_wins_and_a_build_has_none():
-    env = {"VERSIONER_SKIP_PREFLIGHT_CHECKS": "true"}
-
-    assert filled("deployment", {"skip_preflight_checks": False}, env) == Filled({"skip_preflight_checks": False}, {})
-    assert filled("build", env={"VERSIONER_SKIP_PREFLIGHT_CHECKS": "nonsense"}) == Filled({}, {})
-
-
-def test_metadata_from_the_environment_is_one_json_object():
-    found = filled("build", env={"VERSIONER_EXTRA_METADATA": '{"a": {"b": [1, null]}}'})
-
-    assert found == Filled({"extra_metadata": {"a": {"b": [1, None]}}}, {"extra_metadata": "VERSIONER_EXTRA_METADATA"})
-
-
-@pytest.mark.parametrize(
-    "text", ["[1]", "{", '{"a": 1} {"b": 2}', "x", '{"a": NaN}', '{"a": 1, "a": 2}', "\udcff", "[" * 100_000, "3"], ids=lambda text: ascii(text[:9])
-)  # fmt: skip
-def test_other_metadata_in_the_environment_is_refused_by_the_variables_name(text):
-    (problem,) = problems_of("build", {"VERSIONER_EXTRA_METADATA": text})
-
-    assert problem.startswith("VERSIONER_EXTRA_METADATA: ")
-
-
-def test_all_wrong_variables_are_named_at_once():
-    env = {"VERSIONER_SKIP_PREFLIGHT_CHECKS": "x", "VERSIONER_EXTRA_METADATA": "x"}
-
-    assert len(problems_of("deployment", env)) == 2
-
-
-def test_given_metadata_keeps_the_variable_from_being_read():
-    found = filled("build", {"extra_metadata": {}}, {"VERSIONER_EXTRA_METADATA": "nonsense"})
-
-    assert found == Filled({"extra_metadata": {}}, {})
-
-
 def test_automatic_metadata_lies_under_the_users_own():
     own = {"vi_gh_job": "mine", "team": "core"}
 
     assert filled("build", ci=GITHUB).fields["extra_metadata"] == {"vi_gh_job": "build"}
     assert filled("build", {"extra_metadata": own}, ci=GITHUB).fields["extra_metadata"] == own
-    found = filled("build", {"extra_metadata": None}, {"VERSIONER_EXTRA_METADATA": '{"a": 1}'}, ci=GITHUB)
+    found = filled("build", {"extra_metadata": {"a": 1}}, ci=GITHUB)
     assert found.fields["extra_metadata"] == {"vi_gh_job": "build", "a": 1}
-    assert found.sources["extra_metadata"] == "VERSIONER_EXTRA_METADATA"
+    assert found.sources["extra_metadata"] == "github, beside your own"
 
 
 @pytest.mark.parametrize("own", ["", " ", "{}", 3, [], False], ids=repr)
 def test_given_metadata_that_is_no_object_is_left_for_validation(own):
-    found = filled("build", {"extra_metadata": own}, {"VERSIONER_EXTRA_METADATA": '{"a": 1}'}, ci=GITHUB)
+    found = filled("build", {"extra_metadata": own}, ci=GITHUB)
 
     assert found.fields["extra_metadata"] is own
     assert "extra_metadata" not in found.sources

@@ -219,6 +219,9 @@ def _show(exc: click.ClickException) -> None:
     """Say what is wrong with a call as click does, but for what an argument could do to the terminal."""
     from versioner_agent.text import harmless  # noqa: PLC0415
 
+    if isinstance(exc, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        click.echo(exc.format_message(), err=True)  # our own help
+        return
     context = exc.ctx if isinstance(exc, click.UsageError) else None
     if context is not None:
         click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)

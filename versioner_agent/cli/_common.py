@@ -36,6 +36,17 @@ def settings_options(*keys: str) -> Callable[[Decorated], Decorated]:
     return decorate
 
 
+class Seconds(click.FloatRange):
+    """So many seconds; "nan" is no number of them, and would never be over."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        found = super().convert(value, param, ctx)
+        if found != found:  # noqa: PLR0124  # only NaN is not what it is
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return found
+
+
 #: What a record's id can be: SQLite's integers from 1 on.
 RECORD_ID = click.IntRange(1, 2**63 - 1)
 #: Settings that bear only on who queues.

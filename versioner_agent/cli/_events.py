@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,17 +13,18 @@ import click
 
 from versioner_agent import events, sources
 from versioner_agent.cli import EarlyGroup, _notes
-from versioner_agent.cli._common import echo_json, json_option, load_settings, settings_options, step_down_for
+from versioner_agent.cli._common import Seconds, echo_json, json_option, load_settings, settings_options, step_down_for
 from versioner_agent.cli._spelling import Bare, as_truth, truth_of
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError, UsageError, ValidationError
 from versioner_agent.outbox import Destination, Outbox, Receipt
-from versioner_agent.text import key_account, printable
+from versioner_agent.text import bounded, key_account, printable
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 SHOWN_RECEIPTS = 20  # more than these are summed up in text output
 WAIT_S = 60.0  # of a `--wait` without a number
+MAX_ERROR_CHARS = 10_000
 ENV_BEST_EFFORT = "VERSIONER_AGENT_BEST_EFFORT"
 
 
@@ -98,16 +100,14 @@ def queue_options(*keys: str) -> Callable[[Decorated], Decorated]:
     def decorate(function: Decorated) -> Decorated:
         function = json_option(function)
         function = settings_options("busy_timeout", "api_url", *keys)(function)
-        function = click.option(
-            "--best-effort", is_flag=True, default=None, help="Exit 0 with a warning where the outbox can't be used."
-        )(function)
+        function = truth_option("--best-effort", help="Exit 0 with a warning where the outbox can't be used.")(function)
         function = detection_option(function)
         function = click.option(
             "--wait",
             "wait_s",
             cls=Bare,
             bare=f"{WAIT_S:g}",
-            type=click.FloatRange(min=0, max=86_400),
+            type=Seconds(min=0, max=86_400),
             metavar="[=SECONDS]",
             help=f"Wait for the API's verdict, {WAIT_S:g} s unless SECONDS are given.",
         )(function)
@@ -142,16 +142,14 @@ def prepare(kind: str, options: dict[str, Any]) -> Prepared:
         given["extra_metadata"] = metadata
     if str(given.get("status", "")).strip().lower() == "auto":
         given["status"] = _tried(problems, lambda: _job_status(found)) or "completed"
-    filled = _tried(
-        problems, lambda: sources.Filler(kind, os.environ, found).fill(given, checkout(kind, found, options))
-    )
-    fields = filled.fields if filled is not None else given
+    filled = sources.Filler(kind, os.environ, found).fill(given, checkout(kind, found, options))
+    fields = filled.fields
     if fields.get("skip_preflight_checks") is False:
         del fields["skip_preflight_checks"]  # the official client sends it only where it is true
     event = _tried(problems, lambda: events.validate(kind, fields))
     if problems or event is None:
         raise ValidationError(problems)
-    if options["verbose"] and filled is not None:
+    if options["verbose"]:
         tell_sources(found, event, filled.sources)
     return Prepared(event, found.run_attempt)
 
@@ -192,9 +190,10 @@ def checkout(kind: str, found: sources.Detected, options: dict[str, Any]) -> Map
 def tell_sources(found: sources.Detected, event: events.Event, origin: Mapping[str, str]) -> None:
     """Say what was detected, and from where."""
     talk = [f"detected CI system: {found.system}" if found.system else "detected no CI system"]
-    talk += [
-        f"{name} = {event.fields[name]} (from {source})" for name, source in origin.items() if name in event.fields
-    ]
+    for name, source in origin.items():
+        value = event.fields.get(name)
+        if value is not None:
+            talk.append(f"{name} = {value if isinstance(value, str) else json.dumps(value)} (from {source})")
     if found.run_attempt:
         talk.append(f"run attempt = {found.run_attempt}")
     for line in talk:
@@ -219,7 +218,8 @@ def _metadata(options: dict[str, Any]) -> dict[str, Any]:
             raise ValidationError([f"--meta {printable(pair)}: must be KEY=VALUE"])
         metadata[key.strip()] = value
     if options["error"] is not None:
-        metadata["error"] = options["error"]
+        # A log's last lines may hold any bytes, and are no reason to lose the report of a failure.
+        metadata["error"] = bounded(options["error"], MAX_ERROR_CHARS)
     return metadata
 
 
@@ -246,9 +246,9 @@ class Queued(NamedTuple):
 def queue(valid: list[events.Event], run_attempt: str | None, options: dict[str, Any]) -> Queued | None:
     """Queue events and print their receipts; None where that failed and is not to fail the job."""
     queued = None
-    with _best_effort(options):
+    with _best_effort(is_wanted=_wants_best_effort(options)):
         settings = load_settings(options)
-        with _best_effort({**options, "best_effort": settings.best_effort}):
+        with _best_effort(is_wanted=settings.best_effort):
             step_down_for(settings)
             queued = Queued(_queue(valid, run_attempt, options, settings), settings)
     return queued
@@ -262,7 +262,7 @@ def _queue(
             valid,
             run_attempt=run_attempt,
             new=options["new"],
-            destination=destination(settings, options.get("api_key")),
+            destination=destination(settings, options.get("call_key")),
         )
     # From here on the events are safe: whatever becomes of stdout, the script did its part.
     try:
@@ -287,15 +287,21 @@ def open_outbox(settings: Settings) -> Outbox:
     return Outbox(settings.db, busy_timeout=settings.busy_timeout, queued_by=_user())
 
 
+def _wants_best_effort(options: Mapping[str, Any]) -> bool:
+    """Tell it without the configuration, which may be what can't be used."""
+    said = options["best_effort"]
+    return bool(truth_of(os.environ.get(ENV_BEST_EFFORT, "")) if said is None else said)
+
+
 @contextmanager
-def _best_effort(options: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what goes wrong into one line, if that was asked for; an invalid event stays an error."""
+def _best_effort(*, is_wanted: bool) -> Iterator[None]:
+    """Turn what goes wrong into one line, if that *is_wanted*; an invalid event stays an error."""
     try:
         yield
     except UsageError:
         raise
     except Exception as exc:
-        if not (options["best_effort"] or truth_of(os.environ.get(ENV_BEST_EFFORT, ""))):
+        if not is_wanted:
             raise
         words = exc.message if isinstance(exc, AgentError) else f"{type(exc).__name__}: {exc}"
         hint = f"; {exc.hint}" if isinstance(exc, AgentError) and exc.hint else ""
@@ -344,6 +350,6 @@ def wait(queued: Queued | None, options: Mapping[str, Any], timeout: float | Non
     from versioner_agent.cli._waiting import wait_and_report  # noqa: PLC0415  # only for who waits
 
     env = dict(os.environ)
-    if options.get("api_key"):
-        env["VERSIONER_API_KEY"] = options["api_key"]
+    if options.get("call_key"):
+        env["VERSIONER_API_KEY"] = options["call_key"]
     return wait_and_report(queued.settings, env, queued.receipts, seconds, as_json=options["as_json"], **how)

@@ -6,12 +6,19 @@ from typing import Any, Self
 
 import click
 
-from versioner_agent.cli._common import DELIVERY_KEYS, echo_json, json_option, outbox_settings, settings_options
+from versioner_agent.cli._common import (
+    DELIVERY_KEYS,
+    Seconds,
+    echo_json,
+    json_option,
+    outbox_settings,
+    settings_options,
+)
 from versioner_agent.text import printable
 
 
 @click.command()
-@click.option("--timeout", "wait_s", type=click.FloatRange(min=0), default=60.0, show_default=True, metavar="SECONDS")
+@click.option("--timeout", "wait_s", type=Seconds(min=0), default=60.0, show_default=True, metavar="SECONDS")
 @click.option(
     "--new-destination", is_flag=True, help="Deliver to the configured API from now on, wherever it was before."
 )

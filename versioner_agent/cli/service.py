@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from versioner_agent.cli._common import echo, echo_json, json_option
+from versioner_agent.cli._common import Seconds, echo, echo_json, json_option
 from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.text import printable
 
@@ -79,7 +79,7 @@ def install(user: bool, root: str | None, now: bool, key_file: str | None, dry_r
 @user_option
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
+    type=Seconds(min=1),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

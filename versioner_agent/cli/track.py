@@ -14,8 +14,10 @@ import click
 from versioner_agent.cli import _events, _notes
 from versioner_agent.cli._events import Decorated, Kinds, event_options, queue_options, truth_option
 from versioner_agent.cli._spelling import SpelledCommand, truth_of
-from versioner_agent.errors import UsageError
+from versioner_agent.errors import UsageError, ValidationError
 
+OFFICIAL_CONFIG = "config.yaml"
+STILL_QUEUED = 75  # EX_TEMPFAIL of sysexits(3)
 ENV_FAIL = "VERSIONER_FAIL_ON_API_ERROR"
 
 
@@ -28,6 +30,7 @@ def _official_options(function: Decorated) -> Decorated:
     )(function)
     return click.option(
         "--api-key",
+        "call_key",
         metavar="KEY",
         help="For this call's waiting only, and visible in `ps`: better set VERSIONER_API_KEY.",
     )(function)
@@ -83,11 +86,15 @@ def track() -> None:
 
 def _track(kind: str, options: dict[str, Any]) -> int:
     options["verbose"] = options["verbose"] or options["debug"]
-    event, run_attempt = _events.prepare(kind, options)
+    options["api_url"] = options["api_url"] or None  # a template whose variable is unset
+    event, run_attempt = _prepare(kind, options)
     fails = _fails_unchecked(options)
     is_start = kind == "deployment" and event.fields["status"] == "started"
     _tell_differences(options, event.fields, is_start=is_start)
     queued = _events.queue([event], run_attempt, options)
+    if queued is None and is_start:
+        _notes.warn("the deployment was NOT checked against the rules: it could not be queued")
+        return STILL_QUEUED if fails else 0
     if queued is None or not is_start or options["wait_s"] is not None:
         return _events.wait(queued, options)
     gate_s = queued.settings.gate_timeout
@@ -95,6 +102,16 @@ def _track(kind: str, options: dict[str, Any]) -> int:
         return 0
     code = _events.wait(queued, options, gate_s, is_gate=True, fails_unchecked=fails is True)
     return 0 if code == 4 and fails is False else code  # what a rule says counts all the same
+
+
+def _prepare(kind: str, options: dict[str, Any]) -> _events.Prepared:
+    try:
+        return _events.prepare(kind, options)
+    except ValidationError as exc:
+        places = (OFFICIAL_CONFIG, os.path.expanduser(f"~/.versioner/{OFFICIAL_CONFIG}"))
+        theirs = next(filter(os.path.exists, places), "")
+        hint = f"{theirs} of the official client is not read: give its values as VERSIONER_<OPTION> variables"
+        raise ValidationError(exc.problems, hint if theirs else exc.hint) from exc
 
 
 def _fails_unchecked(options: dict[str, Any]) -> bool | None:
@@ -112,14 +129,12 @@ def _fails_unchecked(options: dict[str, Any]) -> bool | None:
 
 def _tell_differences(options: dict[str, Any], fields: dict[str, Any], *, is_start: bool) -> None:
     """Say what some of the official client's options mean here."""
-    if options["api_key"]:
+    if options["call_key"]:
         _notes.warn("--api-key is visible in process lists; set VERSIONER_API_KEY instead. It is used for waiting only")
     fails = options["fail_on_api_error"]
     if fails is False:
         _notes.note("--fail-on-api-error=false: the event is queued, so the API's errors don't fail this anyway")
     elif fails and not is_start:
         _notes.note("--fail-on-api-error: the event is queued, so the API's errors come later; --wait waits for them")
-    if os.path.exists(os.path.expanduser("~/.versioner/config.yaml")):
-        _notes.note("~/.versioner/config.yaml is not read: give its values as VERSIONER_<OPTION> variables")
     if options.get("skip_preflight_checks") and fields.get("skip_preflight_checks"):
         _notes.note("--skip-preflight-checks: passed on to the API, which then checks no deployment rules")
