@@ -30,7 +30,7 @@ def tell(words):
 sys.exit(wrapper.run(wrapper.Plan(
     given.get("kind", "build"), given["fields"], sys.argv[2:],
     lambda: Outbox(given["path"], busy_timeout=given.get("busy_timeout", 10), queued_by="me"),
-    tell, on_started=gate,
+    tell, gate=gate if {"gate", "asked"} & given.keys() else None,
 )))
 """
 FIELDS = {"product_name": "payments", "version": "1", "extra_metadata": {"team": "core"}}

@@ -10,16 +10,16 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
 from typing import NamedTuple
 
 #: What tells a process to stop.
 STOPPING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 #: What is passed on. Who sends SIGTSTP, SIGCONT or SIGWINCH sends it to the group, in which the command is too.
-_PASSED_ON = STOPPING | {signal.SIGUSR1, signal.SIGUSR2}
+_PASSED_ON = STOPPING | {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
 #: What Python ignores for itself (https://docs.python.org/3/library/signal.html).
 _PYTHONS_OWN = (signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -34,12 +34,8 @@ class Ended(NamedTuple):
     exit_code: int
     duration_s: float = 0.0
     signal: int = 0  #: that killed it
-    is_told: bool = False  #: we were told to stop while it ran
+    told: int = 0  #: the signal that told us to stop while it ran
     problem: str = ""  #: why it could not be started
-
-
-class _Told(BaseException):
-    """A signal that tells us to stop; no Exception, so that nobody handles it by mistake."""
 
 
 class Signals:
@@ -62,27 +58,6 @@ class Signals:
         found = signal.sigtimedwait(self._stopping, 0)
         return found.si_signo if found else 0
 
-    def interrupting(self, act: Callable[[], int]) -> tuple[int, int]:
-        """Do *act* until it is over or a signal tells us to stop; returns (its result, the signal or 0)."""
-        told: list[int] = []
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            if not told:
-                told.append(number)
-                raise _Told
-
-        before = {number: signal.signal(number, stop) for number in self._stopping}
-        result = 0
-        with suppress(_Told):
-            try:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._stopping)
-                result = act()
-            finally:
-                signal.pthread_sigmask(signal.SIG_BLOCK, self._stopping)
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        return result, told[0] if told else self.stopped_by()
-
 
 def run(command: list[str], signals: Signals) -> Ended:
     """Run *command* to its end, passing signals on; never raises OSError."""
@@ -94,12 +69,29 @@ def run(command: list[str], signals: Signals) -> Ended:
         words = "command not found" if is_missing and "/" not in command[0] else exc.strerror
         code = NOT_FOUND if is_missing else NOT_EXECUTABLE
         return Ended(code, time.monotonic() - started, problem=f"{os.path.basename(command[0])}: {words}")
-    status, is_told = _await(pid, signals)
-    duration_s = time.monotonic() - started
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return Ended(BY_SIGNAL + number, duration_s, number, is_told)
-    return Ended(os.WEXITSTATUS(status), duration_s, is_told=is_told)
+    return _await(pid, signals, started)
+
+
+def fork(act: Callable[[], int], signals: Signals) -> Ended:
+    """Do *act* in a process of its own, signals passed on, and let its result be the exit code.
+
+    What it leaves behind, threads above all, would take signals that the command must get.
+    """
+    started = time.monotonic()
+    pid = os.fork()
+    if pid:
+        return _await(pid, signals, started)
+    code = 0
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals.mask)
+        code = act()
+    except KeyboardInterrupt:
+        code = BY_SIGNAL + signal.SIGINT
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def name_of(number: int) -> str:
@@ -139,22 +131,26 @@ def _environment() -> dict[bytes, bytes]:
     return env
 
 
-def _await(pid: int, signals: Signals) -> tuple[int, bool]:
-    """Pass signals on until the process *pid* has ended; returns (wait status, whether we were told to stop)."""
+def _await(pid: int, signals: Signals, started: float) -> Ended:
+    """Pass signals on until the process *pid*, begun at *started* (monotonic seconds), has ended."""
     # What came before there was a command, it did not get from the terminal.
-    early = signals.stopped_by()
-    if early:
-        _pass_on(pid, early)
-    is_told = early > 0
+    told = signals.stopped_by()
+    if told:
+        _pass_on(pid, told)
     waited_for = {*signals.heard, signal.SIGCHLD}
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            return status, is_told
+            duration_s = time.monotonic() - started
+            if os.WIFSIGNALED(status):
+                number = os.WTERMSIG(status)
+                return Ended(BY_SIGNAL + number, duration_s, number, told)
+            return Ended(os.WEXITSTATUS(status), duration_s, told=told)
         found = signal.sigwaitinfo(waited_for)
         if found.si_signo == signal.SIGCHLD:
             continue
-        is_told = is_told or found.si_signo in STOPPING
+        if found.si_signo in STOPPING:
+            told = told or found.si_signo
         if _is_for_us_alone(found, pid):
             _pass_on(pid, found.si_signo)
 
@@ -167,8 +163,11 @@ def _pass_on(pid: int, number: int) -> None:
 def _is_for_us_alone(found: signal.struct_siginfo, pid: int) -> bool:
     """Tell whether the command *pid* did not get the signal itself: the terminal's go to its foreground group.
 
-    But a hang-up goes to the session's leader (termios(3), credentials(7)).
+    But a hang-up goes to the session's leader (termios(3), credentials(7)), and a command may be in a group of its own.
     """
     if found.si_code <= 0:  # sent by a process (sigaction(2))
         return found.si_pid != pid
+    with suppress(ProcessLookupError):
+        if os.getpgid(pid) != os.getpgrp():
+            return True
     return found.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()

@@ -26,6 +26,7 @@ from versioner_agent.text import key_account
 from versioner_agent.urls import place_of
 
 MAX_ANSWER_BYTES = 64 * 1024
+TELLING_S = 5.0  # an API that has not answered for so long is in trouble, whatever we would have waited for
 ENDPOINTS = {"build": "/build-events/", "deployment": "/deployment-events/"}
 USER_AGENT = f"versioner-agent/{__version__}"
 _HEADERS = {
@@ -155,7 +156,8 @@ class Sender:
         if isinstance(refused, ssl.SSLCertVerificationError):
             return no_answer(self._untrusted(refused, host, port))
         if isinstance(exc, httpcore.TimeoutException) or network.is_over():
-            return no_answer(f"no complete answer from {where} within {self._own.allowed_s:.3g} s")
+            words = f"no complete answer from {where} within {self._own.allowed_s:.3g} s"
+            return no_answer(words)._replace(is_cut=self._own.allowed_s < min(self._target.timeout, TELLING_S))
         words = " ".join(str(exc).replace(key, "***").split()) or type(exc).__name__
         return no_answer(f"{_WHAT.get(type(exc), 'request failed')} ({where}): {words}")
 

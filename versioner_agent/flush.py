@@ -103,6 +103,7 @@ def _tell_ends(ledger: Ledger, lock: FlusherLock) -> None:
     if is_ours:
         migrate(ledger)
         orphans.look(time.monotonic())
+        lock.close()  # an agent may have come meanwhile
 
 
 def _drain(

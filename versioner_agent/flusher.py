@@ -354,6 +354,8 @@ class Flusher:
         for settlement in settlements:
             outcome, at = settlement.outcome, settlement.at
             is_paused = now < self._pace.paused_until
+            if outcome.is_cut:
+                continue
             if outcome.is_verdict:
                 if is_paused:
                     continue  # nothing goes until the API lets us, whatever was under way

@@ -26,8 +26,11 @@ SETTLED_NS = 2_000_000_000  # a directory that changed so shortly before may cha
 ENDS_A_LOOK = 20  # requests under way wait to be settled meanwhile
 UNKNOWN = "the wrapper was killed; how the command ended is not known"
 
-IS_QUEUED = """
-    SELECT 1 FROM record INDEXED BY record_run
+#: A job whose start a rule has refused did not begin, as far as the API knows.
+REFUSED = {("failed", "blocked")}
+
+FIND_STATE = """
+    SELECT state, reason FROM record INDEXED BY record_run
     WHERE invoke_id = ? AND product_name = ? AND environment_name IS ? AND event_id = ? AND state <> 'staged'
 """
 
@@ -116,7 +119,8 @@ class Orphans:
     def _end(self, found: Found) -> None:
         """Queue the end of a job whose beginning was queued, unless it is there; raises OutboxError."""
         job = found.job
-        if self._is_queued(job, job.last_id) or not (found.is_started or self._is_queued(job, job.started_id)):
+        start = self._state(job, job.started_id)
+        if start in REFUSED or not (found.is_started or start) or self._state(job, job.last_id):
             return
         end = found.end or End("aborted", {"error": UNKNOWN}, "")
         event = job.event(end.status, end.added, completed_at=end.completed_at)
@@ -130,8 +134,9 @@ class Orphans:
         for warning in receipt.warnings:
             logger.warning("%s", warning)
 
-    def _is_queued(self, job: Job, event_id: str) -> bool:
+    def _state(self, job: Job, event_id: str) -> tuple[str, str | None] | None:
+        """Return state and reason of an event of the job; None where it is not queued."""
         fields = job.fields
         run = (fields["invoke_id"], fields["product_name"], fields.get("environment_name"))
         with self._ledger.store.read() as connection:
-            return connection.execute(IS_QUEUED, (*run, event_id)).fetchone() is not None
+            return connection.execute(FIND_STATE, (*run, event_id)).fetchone()  # type: ignore[no-any-return]

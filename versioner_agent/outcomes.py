@@ -62,6 +62,7 @@ class Outcome(NamedTuple):
     server_time: float | None = None  # the answer's Date, seconds since 1970
     account: str | None = None  # of the key it was sent with
     was_sent: bool = True  # False: no request was made (no key to send with)
+    is_cut: bool = False  # we did not wait long enough to learn anything of the API
 
     @property
     def is_verdict(self) -> bool:

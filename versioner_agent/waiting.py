@@ -29,6 +29,10 @@ from versioner_agent.storage import Store
 STILL_QUEUED = 75  # EX_TEMPFAIL of sysexits(3)
 #: With less time left than this no request is begun: it would be cut off before an answer could come (seconds).
 SHORTEST_S = 0.05
+#: So long a gate asks an API that was in trouble not long ago (seconds).
+PROBE_S = 1.0
+#: So long it waits for an agent to come back, which systemd starts again after five seconds.
+AWAY_S = 6.0
 #: So long, at least, it is remembered that the API could not be asked (seconds).
 REMEMBERED_S = 60.0
 
@@ -50,7 +54,7 @@ def await_verdicts(
     A gate does not wait for a destination that is known to be in trouble. SIGINT and SIGTERM end it after what we have
     under way is settled; while somebody else delivers they do what they did before. Raises no AgentError.
     """
-    store = Store(settings.db, min(settings.busy_timeout, GRACE_S))
+    store = Store(settings.db, min(settings.busy_timeout, GRACE_S, max(LOCK_POLL_S, timeout / 4)))
     store.patience = 1
     with closing(_Wait(settings, env, store, ids, timeout)) as wait:
         try:
@@ -179,13 +183,19 @@ class _Wait:
         """Wait until nothing is without a verdict; returns why something is all the same."""
         if not self._is_waiting():
             return ""
-        if is_gate and (trouble := self._known_trouble()):
-            return trouble
         sharing = others_can_write(self._store.path)
+        if is_gate and (trouble := self._known_trouble()):
+            if sharing or self._lock.presence().has_agent:
+                return trouble
+            # Nobody else would notice that the API is back.
+            self._end = min(self._end, time.monotonic() + PROBE_S)
+        away_since: float | None = None
         while self._is_waiting():
+            now = time.monotonic()
+            away_since = None if not sharing or self._lock.presence().is_delivering else away_since or now
             if self.signal:
                 return "interrupted"
-            if time.monotonic() >= self._end:
+            if now >= self._end or (away_since and now - away_since >= AWAY_S):
                 return self._why(sharing)
             if not sharing and self._may_ask() and take_turn(self._lock):
                 self._deliver()
@@ -247,6 +257,8 @@ class _Wait:
         presence = self._lock.presence()
         if sharing and not presence.is_delivering:
             return f"{sharing}: only its agent delivers from it, and none is running"
+        if presence.is_delivering and not presence.has_agent and self._turn is None:
+            return f"pid {presence.pid or 'unknown'} has its turn at delivering"
         why = in_trouble(self._health()) or (self._turn.why if self._turn else "")
         return why or self._held() or f"no verdict within {self._timeout:g} s"
 

@@ -35,9 +35,9 @@ class Plan(NamedTuple):
     tell: Callable[[str], None]
     run_attempt: str | None = None
     destination: Destination | None = None
-    #: Asked when `started` is queued: 0 to go on, else the exit code to leave with, without running the command. A
-    #: signal that tells us to stop interrupts it, unless it handles that signal itself.
-    on_started: Callable[[Receipt], int] = lambda _: 0
+    #: Asked in a process of its own when `started` is queued: 0 to go on, else the exit code to leave with, without
+    #: running the command.
+    gate: Callable[[Receipt], int] | None = None
 
 
 def run(plan: Plan) -> int:
@@ -49,7 +49,6 @@ def run(plan: Plan) -> int:
     telling = _Telling(plan)
     receipt = telling.begin()
     code, number = telling.ask(receipt, signals)
-    number = number or max(0, code - child.BY_SIGNAL)  # a gate that takes signals itself says so
     if number:
         telling.stop(f"stopped by {child.name_of(number)} before {telling.command} was run")
         return child.BY_SIGNAL + number
@@ -66,7 +65,7 @@ def run(plan: Plan) -> int:
 def _status(ended: Ended) -> str:
     if ended.exit_code == 0:
         return "completed"
-    return "aborted" if ended.signal or ended.is_told else "failed"
+    return "aborted" if ended.signal or ended.told else "failed"
 
 
 def _metadata(kind: str, command: str, ended: Ended) -> dict[str, Any]:
@@ -132,20 +131,28 @@ class _Telling:
         return receipt
 
     def ask(self, receipt: Receipt | None, signals: Signals) -> tuple[int, int]:
-        """Ask the gate, where there is something to ask about; returns (its exit code, a signal that told us to stop).
+        """Ask the gate, where there is one; returns (its exit code, a signal that told us to stop).
 
         A gate that fails keeps nothing from running: what it must keep, it says by its exit code.
         """
+        gate = self._plan.gate
+        if gate is None:
+            return 0, signals.stopped_by()
+        if receipt is None:
+            self.say(f"{self.command} is run, NOT checked against the rules")
+            return 0, signals.stopped_by()
 
         def act() -> int:
             try:
-                return self._plan.on_started(receipt) if receipt is not None else 0
+                with as_owner_of(self._directory):
+                    return gate(receipt)
             except Exception as exc:  # noqa: BLE001  # as above
-                self.say(f"{self.command} is run, but its gate failed: {_line(exc)}")
+                self.say(f"{self.command} is run, NOT checked against the rules: {_line(exc)}")
                 return 0
 
-        with as_owner_of(self._directory):
-            return signals.interrupting(act)
+        asked = child.fork(act, signals)
+        is_stopped = asked.told or asked.signal or asked.exit_code > child.BY_SIGNAL
+        return asked.exit_code, (asked.told or asked.signal or asked.exit_code - child.BY_SIGNAL) if is_stopped else 0
 
     def end(self, status: str, added: dict[str, Any]) -> None:
         """Queue the last event. Where that can't be done, its file keeps it for whoever delivers next."""

@@ -14,7 +14,7 @@ from versioner_agent import Outbox, events, jobs
 from versioner_agent.jobs import End, Job, JobFile
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import WriteQueue
-from versioner_agent.orphans import AGAIN_S, ENDS_A_LOOK, IS_QUEUED, LIST_S, UNKNOWN, Orphans
+from versioner_agent.orphans import AGAIN_S, ENDS_A_LOOK, FIND_STATE, LIST_S, UNKNOWN, Orphans
 from versioner_agent.storage import Store
 
 FIELDS = {
@@ -293,7 +293,7 @@ def test_an_event_is_found_by_its_run(ledger, kind):
     """There is no index of event ids; a million records must not be looked through."""
     values = ("42", "payments", None if kind == "build" else "production", "id")
     with ledger.store.read() as connection:
-        (step,) = connection.execute("EXPLAIN QUERY PLAN " + IS_QUEUED, values).fetchall()
+        (step,) = connection.execute("EXPLAIN QUERY PLAN " + FIND_STATE, values).fetchall()
 
     assert "USING INDEX record_run (invoke_id=? AND product_name=? AND environment_name=?)" in step[-1]
 

@@ -84,9 +84,9 @@ def _option(field: events.Field) -> Callable[[Decorated], Decorated]:
     )
 
 
-def truth_option(*names: str, help: str) -> Callable[[Decorated], Decorated]:  # noqa: A002  # as click has it
+def truth_option(*names: str, **how: Any) -> Callable[[Decorated], Decorated]:
     """Offer a flag that can also be given as `--flag=false`; None where nothing is said."""
-    return click.option(*names, cls=Bare, bare="true", callback=as_truth, metavar="[=false]", help=help)
+    return click.option(*names, cls=Bare, bare="true", callback=as_truth, metavar="[=false]", **how)
 
 
 def detection_option(function: Decorated) -> Decorated:
@@ -243,12 +243,17 @@ class Queued(NamedTuple):
     settings: Settings
 
 
-def queue(valid: list[events.Event], run_attempt: str | None, options: dict[str, Any]) -> Queued | None:
+def queue(
+    valid: list[events.Event], run_attempt: str | None, options: dict[str, Any], *, waits: bool = False
+) -> Queued | None:
     """Queue events and print their receipts; None where that failed and is not to fail the job."""
+    waits = waits or options["wait_s"] is not None
     queued = None
     with _best_effort(is_wanted=_wants_best_effort(options)):
         settings = load_settings(options)
         with _best_effort(is_wanted=settings.best_effort):
+            if waits:
+                import versioner_agent.cli._waiting  # noqa: F401, PLC0415  # while we may read it: root steps down
             step_down_for(settings)
             queued = Queued(_queue(valid, run_attempt, options, settings), settings)
     return queued

@@ -10,7 +10,7 @@ import click
 
 from versioner_agent.cli import _events, _notes
 from versioner_agent.cli._common import load_settings, settings_options
-from versioner_agent.cli._events import Decorated, Kinds, detection_option, event_options
+from versioner_agent.cli._events import Decorated, Kinds, detection_option, event_options, truth_option
 from versioner_agent.cli._spelling import SpelledCommand
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError
@@ -27,6 +27,7 @@ def _options(kind: str) -> Callable[[Decorated], Decorated]:
         )
         function = settings_options("busy_timeout", "api_url", "gate_timeout")(function)
         function = detection_option(function)
+        function = truth_option("--best-effort", help="As it is anyway.", hidden=True)(function)
         function = click.option(
             "--gate", is_flag=True, help="Ask the API's rules first; don't run the command where one forbids it."
         )(function)
@@ -101,7 +102,7 @@ def _execute(kind: str, options: dict[str, Any]) -> int:
             _notes.warn,
             run_attempt,
             _events.destination(settings) if settings is not None else None,
-            lambda receipt: _gate(settings, receipt) if options["gate"] and settings is not None else 0,
+            _gate(settings) if options["gate"] else None,
         )
     )
 
@@ -114,9 +115,13 @@ def _settings(options: dict[str, Any]) -> tuple[Settings | None, AgentError | No
         return None, exc
 
 
-def _gate(settings: Settings, receipt: Receipt) -> int:
-    """Return 0 to go on; only a rule, or a signal, keeps the command from being run."""
-    from versioner_agent.cli._waiting import wait_and_report  # noqa: PLC0415
+def _gate(settings: Settings | None) -> Callable[[Receipt], int]:
+    """Return what asks the rules: 0 to go on; only a rule, or a signal, keeps the command from being run."""
+    from versioner_agent.cli._waiting import wait_and_report  # noqa: PLC0415  # while we may read it: root steps down
 
-    code = wait_and_report(settings, os.environ, [receipt], settings.gate_timeout, as_json=False, is_gate=True)
-    return code if code == 5 or code > 128 else 0
+    def ask(receipt: Receipt) -> int:
+        assert settings is not None  # or nothing could have been queued
+        code = wait_and_report(settings, os.environ, [receipt], settings.gate_timeout, as_json=False, is_gate=True)
+        return code if code == 5 or code > 128 else 0
+
+    return ask

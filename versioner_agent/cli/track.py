@@ -91,7 +91,7 @@ def _track(kind: str, options: dict[str, Any]) -> int:
     fails = _fails_unchecked(options)
     is_start = kind == "deployment" and event.fields["status"] == "started"
     _tell_differences(options, event.fields, is_start=is_start)
-    queued = _events.queue([event], run_attempt, options)
+    queued = _events.queue([event], run_attempt, options, waits=is_start)
     if queued is None and is_start:
         _notes.warn("the deployment was NOT checked against the rules: it could not be queued")
         return STILL_QUEUED if fails else 0
