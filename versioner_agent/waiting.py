@@ -257,10 +257,12 @@ class _Wait:
         presence = self._lock.presence()
         if sharing and not presence.is_delivering:
             return f"{sharing}: only its agent delivers from it, and none is running"
-        if presence.is_delivering and not presence.has_agent and self._turn is None:
-            return f"pid {presence.pid or 'unknown'} has its turn at delivering"
-        why = in_trouble(self._health()) or (self._turn.why if self._turn else "")
-        return why or self._held() or f"no verdict within {self._timeout:g} s"
+        why = in_trouble(self._health()) or (self._turn.why if self._turn else "") or self._held()
+        if why:
+            return why
+        is_others = presence.is_delivering and not presence.has_agent
+        turn = f" (pid {presence.pid or 'unknown'} has its turn at delivering)" if is_others else ""
+        return f"no verdict within {self._timeout:g} s{turn}"
 
     def _held(self) -> str:
         """Say what holds the first one that waits: its own last answer, or a record before it."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sqlite3
 
 import pytest
+from host import eventually
 from scripted import answer, hanging, refused
 
 CALL = ("exec", "build", "--product", "payments", "--version", "1.2.3")
@@ -106,6 +108,39 @@ def test_a_rule_keeps_a_gated_command_from_being_run(host_for, serve, tmp_path, 
     assert not [name for name in os.listdir(os.path.dirname(host.path)) if ".job-" in name]
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_after_the_gate_is_the_commands_alone(host_for, serve, tmp_path, name):
+    """What the gate left behind, a thread of its network above all, must not be hit by it: the exit code would be lost."""
+    host = host_for(serve().url)
+    number = getattr(signal, name)
+    ignoring = f"trap '' TERM INT HUP; touch {tmp_path}/on; while [ ! -e {tmp_path}/off ]; do sleep 0.01; done; exit 5"
+    process = host.start(*DEPLOY, "--gate", "--", "sh", "-c", ignoring)
+    eventually((tmp_path / "on").exists)
+
+    for _ in range(20):
+        process.send_signal(number)
+    (tmp_path / "off").touch()
+    assert process.wait(30) == 5, process.log.read_text()
+    assert statuses(host) == ["started", "aborted"]
+    assert not [name for name in os.listdir(os.path.dirname(host.path)) if ".job-" in name]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"VERSIONER_AGENT_DB": "/nowhere/at/all/outbox.db"}, {"VERSIONER_AGENT_GATE_TIMEOUT": "abc"}],
+    ids=["outbox", "setting"],
+)
+def test_a_gate_that_could_not_be_asked_says_so(host_for, broken):
+    done = host_for().run(*DEPLOY, "--gate", "--", "echo", "RAN", **broken)
+
+    assert (done.returncode, done.stdout) == (0, b"RAN\n")
+    assert b"NOT checked against the rules" in done.stderr
+
+
+def test_best_effort_is_taken_and_changes_nothing(host_for):
+    assert host_for().run(*CALL, "--best-effort", "--", "sh", "-c", "exit 4").returncode == 4
+
+
 def test_without_a_gate_nothing_is_asked(host_for, serve):
     server = serve(lambda _: answer(423, RULE))
     host = host_for(server.url)
@@ -116,8 +151,6 @@ def test_without_a_gate_nothing_is_asked(host_for, serve):
 
 def test_a_gate_that_is_told_to_stop_tells_the_end(host_for, serve, tmp_path):
     """The API hangs, and CI cancels the job: nothing is run, and the job does not stay in progress."""
-    import signal
-
     server = serve(lambda _: hanging())
     host = host_for(server.url)
     process = host.start(*DEPLOY, "--gate", "--gate-timeout", "600", "--", "touch", str(tmp_path / "ran"))

@@ -13,6 +13,7 @@ from scripted import accepted, answer, refused
 
 from versioner_agent import config, waiting
 from versioner_agent.cli._waiting import wait_and_report
+from versioner_agent.locks import FlusherLock
 from versioner_agent.outbox import Outbox
 from versioner_agent.records import _JSON_KEYS
 from versioner_agent.storage import Store
@@ -307,8 +308,11 @@ def test_a_gate_whose_api_is_known_to_be_down_sends_nothing(said, serve, deploym
     server = serve()
     due = time.time() + 10
     change(outbox, f"UPDATE destination SET state = 'down', reason = 'no route', next_attempt_at = {due}")
+    with contextlib.closing(FlusherLock(outbox.store.path)) as agents:
+        assert agents.claim_agent()
+        assert agents.claim_delivery()
 
-    code, _, err = said(server.url, [deployment], is_gate=True)
+        code, _, err = said(server.url, [deployment], is_gate=True)
 
     assert code == 0
     assert f"{WHAT} was NOT checked against the rules: the API is down: no route; it is queued (1)" in err

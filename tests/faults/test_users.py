@@ -8,9 +8,10 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 
 import pytest
-from accounts import GROUP, MEMBER, OTHER_MEMBER, OUTSIDER, OWNER, why_not
+from accounts import GROUP, MEMBER, OTHER_MEMBER, OUTSIDER, OWNER, copy_packages, why_not
 from crash import needs_strace
 from host import KEY, eventually
 from scripted import accepted
@@ -151,3 +152,36 @@ def test_the_owners_agent_delivers_what_members_queue(accounts, path, serve):
     assert flush.returncode == 0
     assert {seen.headers["authorization"] for seen in server.requests} == {f"Bearer {KEY}"}
     check_shared(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be no more than the owner of a directory")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("track", "--status=started", "--gate-timeout=0.3"), 0),
+        (("enqueue", "--wait=0.3"), 75),
+        (("exec", "--gate"), 0),
+    ],
+    ids=["track", "enqueue", "exec"],
+)
+def test_root_waits_for_verdicts_with_a_program_that_only_root_can_read(reachable, tmp_path, words, code):
+    """It has stepped down to the outbox's owner by then, who can't load any more of it."""
+    command, *options = words
+    os.chown(reachable, 65534, 65534)
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    copy_packages(private / "lib")
+    env = {
+        "PATH": os.environ["PATH"], "PYTHONPATH": str(private / "lib"), "HOME": str(tmp_path),
+        "VERSIONER_AGENT_DB": str(reachable / "outbox.db"), "VERSIONER_API_KEY": "sk_acme_k1_secret",
+        "VERSIONER_AGENT_GATE_TIMEOUT": "0.3",
+    }  # fmt: skip
+    call = (command, "deployment", "--product", "p", "--version", "1", "--environment", "e", *options)
+
+    done = subprocess.run(
+        (sys.executable, "-m", "versioner_agent", *call, *(("--", "echo", "RAN") if command == "exec" else ())),
+        env=env, cwd="/", capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert b"only its agent delivers from it" in done.stderr
+    assert b"internal error" not in done.stderr

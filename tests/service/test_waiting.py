@@ -62,6 +62,10 @@ class Place:
         with contextlib.closing(Store(self.path)) as store, store.write() as connection:
             connection.execute(sql, values)
 
+    def health(self):
+        with contextlib.closing(Store(self.path)) as store:
+            return review.stats(store).health
+
     def is_in(self, state, reason="no route to host", next_attempt_at=None):
         self.change(
             "UPDATE destination SET state = ?, reason = ?, since = 1, next_attempt_at = ?",
@@ -331,7 +335,7 @@ def test_beside_somebody_who_delivers_nothing_is_sent(place, serve, somebody):
     waited = place.wait(server.url, ids, 0.3)
 
     assert server.requests == []
-    assert waited.note == "no verdict within 0.3 s"
+    assert waited.note == f"no verdict within 0.3 s (pid {os.getpid()} has its turn at delivering)"
 
 
 def test_when_who_delivered_leaves_it_is_our_turn(place, serve, somebody):
@@ -548,7 +552,9 @@ def test_a_signal_settles_what_is_under_way_and_leaves_the_rest(place, serve, nu
 
 
 @pytest.mark.parametrize("state", ["down", "rate_limited", "proxy", "unauthorized", "misrouted", "not_authentic"])
-def test_a_gate_does_not_wait_for_what_is_known_to_be_in_trouble(place, serve, state):
+def test_a_gate_does_not_wait_for_what_is_known_to_be_in_trouble(place, serve, somebody, state):
+    assert somebody.claim_agent()
+    assert somebody.claim_delivery()
     server = serve()
     ids = place.queue("payments", environment_name="production", status="started")
     place.is_in(state, next_attempt_at=time.time() + 10)
@@ -564,6 +570,49 @@ def test_who_waits_without_a_gate_asks_all_the_same(place, serve):
     place.is_in("down", next_attempt_at=time.time() + 10)
 
     assert place.wait(serve().url, [1]).records[0].state == "delivered"
+
+
+def test_without_an_agent_a_gate_finds_out_that_the_api_is_back(place, serve):
+    place.queue("payments")
+    place.is_in("down", next_attempt_at=time.time() + 10)
+
+    assert place.wait(serve().url, [1], is_gate=True).records[0].state == "delivered"
+
+
+def test_without_an_agent_a_gate_does_not_wait_for_an_api_that_is_still_down(place, monkeypatch):
+    """Waiting for its timeout, this test would never end."""
+    monkeypatch.setattr(waiting, "PROBE_S", 0.3)
+    place.queue("payments")
+    place.is_in("down", next_attempt_at=time.time() + 10)
+
+    waited = place.wait(f"http://127.0.0.1:{free_port()}", [1], 1e6, is_gate=True)
+
+    assert waited.records[0].state == "pending"
+    assert waited.note.startswith("the API is down: can't connect")
+
+
+def test_a_wait_that_was_too_short_says_nothing_of_the_api(place, serve):
+    """And so keeps no gate from asking."""
+    may_answer = threading.Event()
+    server = serve(lambda _: may_answer.wait(30) and accepted())
+    place.queue("payments")
+
+    waited = place.wait(server.url, [1], 0.3)
+    may_answer.set()
+
+    assert "no complete answer" in waited.note
+    assert place.health().state == "unknown"
+    assert place.wait(server.url, [1], is_gate=True).records[0].state == "delivered"
+
+
+def test_nobody_waits_for_ever_for_an_agent_that_is_gone(place, monkeypatch):
+    monkeypatch.setattr(waiting, "AWAY_S", 0.2)
+    monkeypatch.setattr(waiting, "others_can_write", lambda _: "others can write it")
+    place.queue("payments")
+
+    waited = place.wait("http://127.0.0.1:9", [1], 1e6, is_gate=True)
+
+    assert waited.note.endswith("only its agent delivers from it, and none is running")
 
 
 def test_a_gate_asks_where_the_trouble_was_seen_long_ago(place, serve):

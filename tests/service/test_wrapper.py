@@ -381,6 +381,22 @@ def test_a_command_gets_the_terminals_interrupt_once(path):
     eventually(lambda: statuses(path) == ["started", "aborted"])
 
 
+def test_a_command_in_a_group_of_its_own_gets_the_terminals_interrupt_too(path):
+    """As `timeout` is: the terminal does not reach it."""
+    pid, terminal = on_a_terminal(
+        path, *PYTHON, "import os, signal; os.setpgrp(); print('ready', flush=True); signal.pause()"
+    )
+    try:
+        seen = said(terminal, b"ready")
+        os.write(terminal, b"\x03")
+        eventually(lambda: statuses(path) == ["started", "aborted"])
+    finally:
+        os.close(terminal)
+        os.waitpid(pid, 0)
+
+    assert b"Traceback" not in seen
+
+
 def test_a_wrapper_that_leads_its_session_passes_a_hangup_on(path):
     """The kernel tells the leader alone."""
     pid, terminal = pty.fork()

@@ -10,10 +10,10 @@ import uuid
 
 import pytest
 
-from versioner_agent import Outbox, events, jobs
+from versioner_agent import Outbox, events, flush, jobs
 from versioner_agent.jobs import End, Job, JobFile
 from versioner_agent.ledger import Ledger
-from versioner_agent.locks import WriteQueue
+from versioner_agent.locks import FlusherLock, WriteQueue
 from versioner_agent.orphans import AGAIN_S, ENDS_A_LOOK, FIND_STATE, LIST_S, UNKNOWN, Orphans
 from versioner_agent.storage import Store
 
@@ -187,6 +187,32 @@ def test_the_end_of_a_killed_wrapper_is_queued_as_aborted(path, ledger, now, cap
     assert jobs.names(path) == []
     (told,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert (told.action, told.record, told.levelname) == (status, 2, "WARNING")
+
+
+@pytest.mark.parametrize(("reason", "told"), [("blocked", ["started"]), ("invalid", ["started", "aborted"])])
+def test_a_job_whose_start_a_rule_refused_has_no_end(path, ledger, now, reason, told):
+    """For the API it never began."""
+    _, file = begun(path)
+    file.note_started()
+    file.close()
+    with ledger.store.write() as connection:
+        connection.execute("UPDATE record SET state = 'failed', reason = ?", (reason,))
+
+    Orphans(ledger).look(now())
+
+    assert statuses(ledger) == told
+    assert jobs.names(path) == []
+
+
+def test_a_flush_that_has_told_an_end_lets_an_agent_in(path, ledger):
+    _, file = begun(path)
+    file.close()
+    with contextlib.closing(FlusherLock(path)) as flushes, contextlib.closing(FlusherLock(path)) as agents:
+        flush._tell_ends(ledger, flushes)
+
+        assert statuses(ledger) == ["started", "aborted"]
+        assert agents.claim_agent()
+        assert agents.claim_delivery()
 
 
 def test_an_end_that_its_wrapper_knew_is_told_as_it_was(path, ledger, now):

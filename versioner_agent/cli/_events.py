@@ -253,7 +253,9 @@ def queue(
         settings = load_settings(options)
         with _best_effort(is_wanted=settings.best_effort):
             if waits:
-                import versioner_agent.cli._waiting  # noqa: F401, PLC0415  # while we may read it: root steps down
+                from versioner_agent.cli._waiting import load  # noqa: PLC0415  # only for who waits
+
+                load()
             step_down_for(settings)
             queued = Queued(_queue(valid, run_attempt, options, settings), settings)
     return queued

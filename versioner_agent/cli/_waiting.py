@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
 import click
 
-from versioner_agent import waiting
+from versioner_agent import installed, logs, waiting
 from versioner_agent.cli import _notes
 from versioner_agent.cli._common import echo_json
 from versioner_agent.config import Settings
@@ -34,6 +36,12 @@ _REFUSALS = {
     "gave_up": "`versioner-agent retry {id}` sends it again",
     "damaged": "queue it again; `versioner-agent doctor` looks at the outbox",
 }
+
+
+def load() -> None:
+    """Load all that waiting may ever need, while we may read it: root is about to step down (see `privileges`)."""
+    if os.geteuid() == 0:
+        installed.load_all()
 
 
 def wait_and_report(
@@ -81,10 +89,6 @@ def wait_and_report(
 
 def _quieten(settings: Settings, receipts: Sequence[Receipt], *, verbose: bool) -> None:
     """Let delivering say what is wrong, but not what we say ourselves."""
-    import logging
-
-    from versioner_agent import logs  # noqa: PLC0415
-
     ours = {receipt.id for receipt in receipts}
     logs.configure(settings.log_format, "debug" if verbose else "error")
     for handler in logging.getLogger("versioner_agent").handlers:
