@@ -16,7 +16,20 @@ if sys.version_info < NEEDED:
     )
     sys.exit(1)
 
-from versioner_agent.cli import main  # noqa: E402 - after the check
+
+def start():  # type: () -> None  # noqa: ANN201  # in old syntax too
+    """Run the command line; until it is loaded, Ctrl-C ends this without a traceback."""
+    import signal  # noqa: PLC0415
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from versioner_agent.cli import main  # noqa: PLC0415
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, before)
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    start()

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -245,3 +246,13 @@ def test_a_reader_that_left_is_no_error_in_a_small_encoding_either(host_for, dea
     for command in (("list",), ("--help",)):
         env = {**host.env, "PYTHONIOENCODING": "ascii"}
         assert subprocess.run((*COMMAND, *command), stdout=dead_pipe, env=env, timeout=60, check=False).returncode == 0
+
+
+def test_an_interrupt_while_it_loads_leaves_no_traceback(host_for, tmp_path):
+    """Ctrl-C in the first moments of any command, taken where the command line begins to load."""
+    (tmp_path / "click").mkdir()
+    (tmp_path / "click" / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+
+    done = host_for().run("status", PYTHONPATH=f"{tmp_path}:{os.pathsep.join(sys.path)}")
+
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")

@@ -252,8 +252,8 @@ def queue(
     with _best_effort(is_wanted=_wants_best_effort(options)):
         settings = load_settings(options)
         with _best_effort(is_wanted=settings.best_effort):
-            if waits:
-                from versioner_agent.cli._waiting import load  # noqa: PLC0415  # only for who waits
+            if waits and os.geteuid() == 0:
+                from versioner_agent.cli._waiting import load  # noqa: PLC0415  # only for root, and who waits
 
                 load()
             step_down_for(settings)
@@ -359,4 +359,5 @@ def wait(queued: Queued | None, options: Mapping[str, Any], timeout: float | Non
     env = dict(os.environ)
     if options.get("call_key"):
         env["VERSIONER_API_KEY"] = options["call_key"]
-    return wait_and_report(queued.settings, env, queued.receipts, seconds, as_json=options["as_json"], **how)
+    said = {"as_json": options["as_json"], "verbose": options["verbose"]}
+    return wait_and_report(queued.settings, env, queued.receipts, seconds, **said, **how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -40,8 +39,7 @@ _REFUSALS = {
 
 def load() -> None:
     """Load all that waiting may ever need, while we may read it: root is about to step down (see `privileges`)."""
-    if os.geteuid() == 0:
-        installed.load_all()
+    installed.load_all()
 
 
 def wait_and_report(

@@ -119,7 +119,8 @@ def _gate(settings: Settings | None) -> Callable[[Receipt], int]:
     """Return what asks the rules: 0 to go on; only a rule, or a signal, keeps the command from being run."""
     from versioner_agent.cli._waiting import load, wait_and_report  # noqa: PLC0415  # only for a gate
 
-    load()
+    if os.geteuid() == 0:
+        load()
 
     def ask(receipt: Receipt) -> int:
         assert settings is not None  # or nothing could have been queued
