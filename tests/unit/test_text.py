@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +29,33 @@ def test_harmless_text_is_shown_as_it_is(value):
 )  # fmt: skip
 def test_what_steers_a_terminal_is_shown_as_an_escape(value, shown):
     assert text.printable(value) == shown
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "##vso[task.setvariable variable=PATH]/tmp/evil",
+        "a ##[stop-commands]x",
+        "###[x",
+        "##[##[",
+        "#\u200b#[x",
+        "##VSO[x",
+    ],
+    ids=ascii,
+)
+def test_nothing_commands_a_ci_system_wherever_it_stands_in_a_line(value):
+    """Azure DevOps and GitHub Actions look for these marks in every line of a log."""
+    shown = text.printable(f"warning: {value}")
+    line = text.json_line({"scm_sha": value}, io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+
+    assert not re.search(r"##\w*\[", shown)
+    assert not re.search(r"##\w*\[", line)
+    assert json.loads(line) == {"scm_sha": value}
+
+
+@pytest.mark.parametrize("value", ["issue ## 7 [x]", "#[x]", "a##b"])
+def test_what_commands_nobody_stays_as_it_is(value):
+    assert text.printable(value) == value
 
 
 @given(st.text(st.characters()))
