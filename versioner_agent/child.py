@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,8 @@ from typing import NamedTuple
 STOPPING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 #: What is passed on. Who sends SIGTSTP, SIGCONT or SIGWINCH sends it to the group, in which the command is too.
 _PASSED_ON = STOPPING | {signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM}
+#: What a terminal sends.
+_TERMINALS = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
 #: What Python ignores for itself (https://docs.python.org/3/library/signal.html).
 _PYTHONS_OWN = (signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -51,11 +54,11 @@ class Signals:
         #: As it was, for the command to start with.
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
         self.heard = heard - self.mask
-        self._stopping = self.heard & STOPPING
+        self.stopping = self.heard & STOPPING
 
     def stopped_by(self) -> int:
         """Take a signal that has told us to stop; 0 where there is none."""
-        found = signal.sigtimedwait(self._stopping, 0)
+        found = signal.sigtimedwait(self.stopping, 0)
         return found.si_signo if found else 0
 
 
@@ -69,20 +72,27 @@ def run(command: list[str], signals: Signals) -> Ended:
         words = "command not found" if is_missing and "/" not in command[0] else exc.strerror
         code = NOT_FOUND if is_missing else NOT_EXECUTABLE
         return Ended(code, time.monotonic() - started, problem=f"{os.path.basename(command[0])}: {words}")
-    return _await(pid, signals, started)
+    return _await(pid, signals, signals.heard, started)
 
 
 def fork(act: Callable[[], int], signals: Signals) -> Ended:
-    """Do *act* in a process of its own, signals passed on, and let its result be the exit code.
+    """Do *act* in a process of its own, and let its result be the exit code; what tells us to stop is passed on.
 
-    What it leaves behind, threads above all, would take signals that the command must get.
+    What it leaves behind, threads above all, would take signals that the command must get. It does not outlive us.
     """
     started = time.monotonic()
+    watched, held = os.pipe()
     pid = os.fork()
     if pid:
-        return _await(pid, signals, started)
+        os.close(watched)
+        try:
+            return _await(pid, signals, signals.stopping, started)
+        finally:
+            os.close(held)
     code = 0
     try:
+        os.close(held)
+        threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_SETMASK, signals.mask)
         code = act()
     except KeyboardInterrupt:
@@ -92,6 +102,11 @@ def fork(act: Callable[[], int], signals: Signals) -> Ended:
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+
+
+def _end_with_parent(watched: int) -> None:
+    os.read(watched, 1)  # returns when nobody holds the other end any more
+    os._exit(BY_SIGNAL + signal.SIGKILL)
 
 
 def name_of(number: int) -> str:
@@ -131,13 +146,13 @@ def _environment() -> dict[bytes, bytes]:
     return env
 
 
-def _await(pid: int, signals: Signals, started: float) -> Ended:
-    """Pass signals on until the process *pid*, begun at *started* (monotonic seconds), has ended."""
+def _await(pid: int, signals: Signals, heard: set[signal.Signals], started: float) -> Ended:
+    """Pass those of *heard* on until the process *pid*, begun at *started* (monotonic seconds), has ended."""
     # What came before there was a command, it did not get from the terminal.
     told = signals.stopped_by()
     if told:
         _pass_on(pid, told)
-    waited_for = {*signals.heard, signal.SIGCHLD}
+    waited_for = {*heard, signal.SIGCHLD}
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -163,10 +178,13 @@ def _pass_on(pid: int, number: int) -> None:
 def _is_for_us_alone(found: signal.struct_siginfo, pid: int) -> bool:
     """Tell whether the command *pid* did not get the signal itself: the terminal's go to its foreground group.
 
-    But a hang-up goes to the session's leader (termios(3), credentials(7)), and a command may be in a group of its own.
+    Others of the kernel's, as of alarm(2), are for us, who took the command's place. A hang-up goes to the session's
+    leader (termios(3), credentials(7)), and a command may be in a group of its own.
     """
     if found.si_code <= 0:  # sent by a process (sigaction(2))
         return found.si_pid != pid
+    if found.si_signo not in _TERMINALS:
+        return True
     with suppress(ProcessLookupError):
         if os.getpgid(pid) != os.getpgrp():
             return True

@@ -26,7 +26,7 @@ from versioner_agent.text import key_account
 from versioner_agent.urls import place_of
 
 MAX_ANSWER_BYTES = 64 * 1024
-TELLING_S = 5.0  # an API that has not answered for so long is in trouble, whatever we would have waited for
+TELLING_S = 2.0  # an API that has not answered for so long is in trouble, whatever we would have waited for
 ENDPOINTS = {"build": "/build-events/", "deployment": "/deployment-events/"}
 USER_AGENT = f"versioner-agent/{__version__}"
 _HEADERS = {

@@ -26,8 +26,8 @@ SETTLED_NS = 2_000_000_000  # a directory that changed so shortly before may cha
 ENDS_A_LOOK = 20  # requests under way wait to be settled meanwhile
 UNKNOWN = "the wrapper was killed; how the command ended is not known"
 
-#: A job whose start a rule has refused did not begin, as far as the API knows.
-REFUSED = {("failed", "blocked")}
+#: By kind, state and reason of a start that a rule has refused: for the API the job did not begin.
+REFUSED = {"build": {("failed", "blocked")}, "deployment": {("failed", "blocked"), ("failed", "conflict")}}
 
 FIND_STATE = """
     SELECT state, reason FROM record INDEXED BY record_run
@@ -120,7 +120,7 @@ class Orphans:
         """Queue the end of a job whose beginning was queued, unless it is there; raises OutboxError."""
         job = found.job
         start = self._state(job, job.started_id)
-        if start in REFUSED or not (found.is_started or start) or self._state(job, job.last_id):
+        if start in REFUSED[job.kind] or not (found.is_started or start) or self._state(job, job.last_id):
             return
         end = found.end or End("aborted", {"error": UNKNOWN}, "")
         event = job.event(end.status, end.added, completed_at=end.completed_at)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Container, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -198,7 +198,8 @@ class _Wait:
             if now >= self._end or (away_since and now - away_since >= AWAY_S):
                 return self._why(sharing)
             if not sharing and self._may_ask() and take_turn(self._lock):
-                self._deliver()
+                with self._retrying():
+                    self._deliver()
             else:
                 time.sleep(min(LOCK_POLL_S, max(0.0, self._end - time.monotonic())))
         return ""
@@ -211,11 +212,25 @@ class _Wait:
     def _is_waiting(self) -> bool:
         try:
             return self.wanted.is_waiting()
-        except (OutboxBusy, OutboxDamaged):
-            # Whoever delivers gets over both, and a gate must not open for it.
+        except OutboxBusy:
+            if time.monotonic() >= self._end:
+                raise
+            return True  # a gate must not open for it
+        except OutboxDamaged:
+            # Whoever delivers gets over it.
             if time.monotonic() >= self._end or not self._lock.presence().is_delivering:
                 raise
             return True
+
+    @contextmanager
+    def _retrying(self) -> Iterator[None]:
+        """Come again as long as there is time, where others keep the outbox."""
+        try:
+            yield
+        except OutboxBusy:
+            self._lock.close()
+            if time.monotonic() >= self._end:
+                raise
 
     def _deliver(self) -> None:
         """Take our turn for what is wanted.
@@ -250,7 +265,9 @@ class _Wait:
         return in_trouble(health) if is_known(health, time.time(), longest_s, has_agent=has_agent) else ""
 
     def _health(self) -> Health:
-        return Ledger(self._store).destination()[1]
+        while True:
+            with self._retrying():
+                return Ledger(self._store).destination()[1]
 
     def _why(self, sharing: str) -> str:
         """Say why something still waits."""

@@ -50,6 +50,7 @@ def run(plan: Plan) -> int:
     receipt = telling.begin()
     code, number = telling.ask(receipt, signals)
     if number:
+        telling.say(f"{telling.command} is not run: {child.name_of(number)} came before")
         telling.stop(f"stopped by {child.name_of(number)} before {telling.command} was run")
         return child.BY_SIGNAL + number
     if code:
@@ -151,8 +152,13 @@ class _Telling:
                 return 0
 
         asked = child.fork(act, signals)
-        is_stopped = asked.told or asked.signal or asked.exit_code > child.BY_SIGNAL
-        return asked.exit_code, (asked.told or asked.signal or asked.exit_code - child.BY_SIGNAL) if is_stopped else 0
+        was_ended = asked.exit_code > child.BY_SIGNAL
+        if asked.told and (was_ended or asked.exit_code == 0):
+            return 0, asked.told
+        if was_ended:
+            self.say(f"{self.command} is run, NOT checked against the rules: what asked them was killed")
+            return 0, signals.stopped_by()
+        return asked.exit_code, 0
 
     def end(self, status: str, added: dict[str, Any]) -> None:
         """Queue the last event. Where that can't be done, its file keeps it for whoever delivers next."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import signal
 import sqlite3
 
 import pytest
 from host import eventually
-from scripted import answer, hanging, refused
+from scripted import accepted, answer, hanging, refused
 
 CALL = ("exec", "build", "--product", "payments", "--version", "1.2.3")
 DEPLOY = ("exec", "deployment", "--product", "payments", "--version", "1.2.3", "--environment", "production")
@@ -106,6 +107,70 @@ def test_a_rule_keeps_a_gated_command_from_being_run(host_for, serve, tmp_path, 
     assert statuses(host) == told
     assert done.stdout == b""
     assert not [name for name in os.listdir(os.path.dirname(host.path)) if ".job-" in name]
+
+
+def gate_of(process):
+    """The process that asks for *process*, once there is one."""
+    return int(
+        eventually(lambda: pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())[0]
+    )
+
+
+def test_a_gate_that_dies_keeps_nothing_from_running(host_for, serve):
+    server = serve(lambda _: hanging())
+    host = host_for(server.url)
+    process = host.start(*DEPLOY, "--gate", "--gate-timeout", "600", "--", "echo", "RAN")
+    server.wait_for(1)
+    os.kill(gate_of(process), signal.SIGKILL)
+
+    assert process.wait(30) == 0
+    assert "RAN" in process.log.read_text()
+    assert "NOT checked against the rules" in process.log.read_text()
+    assert statuses(host) == ["started", "completed"]
+
+
+def test_a_signal_that_stops_nobody_waits_for_the_command(host_for, serve, tmp_path):
+    """A batch system's warning: the gate would die of it."""
+    server = serve(lambda _: eventually((tmp_path / "go").exists) and accepted())
+    host = host_for(server.url)
+    waits = "trap 'echo GOT; exit 0' USR1; while :; do sleep 0.01; done"
+    process = host.start(*DEPLOY, "--gate", "--", "sh", "-c", waits)
+    server.wait_for(1)
+    process.send_signal(signal.SIGUSR1)
+    (tmp_path / "go").touch()
+
+    assert process.wait(30) == 128 + signal.SIGUSR1 or "GOT" in process.log.read_text()
+    assert statuses(host)[0] == "started"
+    assert host.counts()["delivered"] == 1
+
+
+def test_a_gate_does_not_outlive_its_wrapper(host_for, serve):
+    """It would hold the job's lock, the turn to deliver and the reader of its output."""
+    server = serve(lambda _: hanging() if len(server.requests) == 1 else accepted())
+    host = host_for(server.url)
+    process = host.start(*DEPLOY, "--gate", "--gate-timeout", "600", "--", "echo", "RAN")
+    server.wait_for(1)
+    gate = gate_of(process)
+    host.end(process, signal.SIGKILL)
+    eventually(
+        lambda: not os.path.exists(f"/proc/{gate}/cmdline") or not pathlib.Path(f"/proc/{gate}/cmdline").read_bytes()
+    )
+
+    assert host.run("flush", "--timeout", "20").returncode == 0
+    assert statuses(host) == ["started", "aborted"]
+
+
+def test_a_refusal_that_comes_with_a_signal_is_one(host_for, serve, tmp_path):
+    """For the API the deployment did not begin, so it has no end."""
+    server = serve(lambda _: eventually((tmp_path / "go").exists) and answer(423, RULE))
+    host = host_for(server.url)
+    process = host.start(*DEPLOY, "--gate", "--gate-timeout", "600", "--", "echo", "RAN")
+    server.wait_for(1)
+    process.send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+
+    assert process.wait(30) == 5
+    assert statuses(host) == ["started"]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import threading
 import time
 
@@ -603,6 +604,32 @@ def test_a_wait_that_was_too_short_says_nothing_of_the_api(place, serve):
     assert "no complete answer" in waited.note
     assert place.health().state == "unknown"
     assert place.wait(server.url, [1], is_gate=True).records[0].state == "delivered"
+
+
+def test_a_probe_that_was_cut_short_makes_what_is_known_no_newer(place, serve, monkeypatch):
+    """Or an API that answers slowly would never be asked about its rules again."""
+    monkeypatch.setattr(waiting, "PROBE_S", 0.3)
+    server = serve(lambda _: hanging())
+    place.queue("payments")
+    place.is_in("down", next_attempt_at=time.time() + 10)
+    before = place.health()
+
+    assert place.wait(server.url, [1], 1e6, is_gate=True).note == "the API is down: no route to host"
+    assert len(server.requests) == 1
+    assert place.health() == before
+
+
+def test_a_gate_waits_for_an_outbox_that_others_keep(place, serve):
+    """Longer than one look at it does."""
+    place.queue("payments")
+    others = sqlite3.connect(place.path, isolation_level=None, check_same_thread=False)
+    others.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.5, others.rollback).start()
+
+    waited = place.wait(serve().url, [1], 1.2, is_gate=True, busy_timeout=0.1)
+
+    assert waited.records[0].state == "delivered"
+    others.close()
 
 
 def test_nobody_waits_for_ever_for_an_agent_that_is_gone(place, monkeypatch):

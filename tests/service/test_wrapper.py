@@ -397,6 +397,17 @@ def test_a_command_in_a_group_of_its_own_gets_the_terminals_interrupt_too(path):
     assert b"Traceback" not in seen
 
 
+def test_an_alarm_that_was_set_for_the_command_reaches_it(path, start):
+    """alarm(2) lives on through execve(2): it is how some scripts bound a command."""
+    code = "import os, signal, sys; signal.alarm(1); os.execv(sys.argv[1], sys.argv[1:])"
+    line = wrapped(path, "sleep", "600")
+
+    done = subprocess.run((sys.executable, "-c", code, *line), capture_output=True, timeout=60, check=False)
+
+    assert done.returncode == 128 + signal.SIGALRM
+    assert statuses(path) == ["started", "aborted"]
+
+
 def test_a_wrapper_that_leads_its_session_passes_a_hangup_on(path):
     """The kernel tells the leader alone."""
     pid, terminal = pty.fork()

@@ -156,7 +156,7 @@ def _destination_lines(stats: Stats, api_url: str, now: float) -> list[str]:
     url = printable(stats.destination.origin or api_url)
     lines = [f"destination  {url}{printable(account)}: {styled(health.state)}{since}"]
     if health.reason:
-        lines.append(f"             {printable(health.reason)}")
+        lines.append(f"             why: {printable(health.reason)}")
     if health.state in ADVICE:
         lines.append(f"             {ADVICE[health.state]}")
     if health.next_attempt_at and stats.counts["pending"] and health.next_attempt_at > now:
