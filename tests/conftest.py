@@ -31,8 +31,10 @@ else:
     hypothesis.settings.register_profile("tests", database=None, deadline=None, derandomize=True)
     hypothesis.settings.load_profile("tests")
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and what the tests start would inherit that.
+# A shell starts what it runs in the background with Ctrl-C and Ctrl-\ ignored, and what the tests start would inherit
+# that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 #: Beginnings of the names that the agent, CI systems and systemd give their variables.
 PREFIXES = (
