@@ -9,7 +9,7 @@ import sqlite3
 import official
 import pytest
 
-TRIALS = 400
+TRIALS = 200
 BASE = {"product": "payments", "version": "1.2.3", "environment": "production"}
 
 

@@ -97,7 +97,7 @@ def small(tmp_path_factory):
     return Specimen(tmp_path_factory.mktemp("small"), 700_000, SEED)
 
 
-@pytest.mark.parametrize("turn", range(8))
+@pytest.mark.parametrize("turn", range(4))
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_every_provable_record_survives_and_no_altered_one_is_sent(small, tmp_path, mutate, turn):
     survives(small, tmp_path, mutate, f"{SEED}-{mutate.__name__}-{turn}")
