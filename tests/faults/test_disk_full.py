@@ -94,8 +94,11 @@ def enqueue(host, *args):
     return host.run("enqueue", "build", "--product", "late", "--version", "1", *args)
 
 
-@pytest.mark.parametrize("has_neighbour", [False, True], ids=["alone", "beside-a-neighbour"])
-@pytest.mark.parametrize("notes", [0, 300, 8000, 90_000])
+@pytest.mark.parametrize(
+    ("notes", "has_neighbour"),
+    [(0, False), (300, True), (8000, True), (90_000, False)],
+    ids=["0-alone", "300-beside-a-neighbour", "8000-beside-a-neighbour", "90000-alone"],
+)
 def test_a_full_disk_refuses_loudly_drains_and_accepts_again(host, notes, has_neighbour):
     """Filled by the outbox itself. What was delivered leaves room for new events, though nobody frees any."""
     count = queue_until_full(host, notes)
