@@ -79,10 +79,16 @@ def fork(act: Callable[[], int], signals: Signals) -> Ended:
     """Do *act* in a process of its own, and let its result be the exit code; what tells us to stop is passed on.
 
     What it leaves behind, threads above all, would take signals that the command must get. It does not outlive us.
+    Raises OSError where there can be no process more.
     """
     started = time.monotonic()
     watched, held = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(watched)
+        os.close(held)
+        raise
     if pid:
         os.close(watched)
         try:

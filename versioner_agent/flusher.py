@@ -350,12 +350,10 @@ class Flusher:
 
     def _health_after(self, settlements: list[Settlement], now: float) -> Health:
         """Return the destination's state; one failing event among healthy ones does not make it bad."""
-        health = self._health
-        told = [settlement for settlement in settlements if not settlement.outcome.is_cut]
+        health, told = self._health, [(each.outcome, each.at) for each in settlements if not each.outcome.is_cut]
         if not told:
             return health  # nothing was learnt, so what is known becomes no newer
-        for settlement in told:
-            outcome, at = settlement.outcome, settlement.at
+        for outcome, at in told:
             is_paused = now < self._pace.paused_until
             if outcome.is_verdict:
                 if is_paused:

@@ -151,7 +151,11 @@ class _Telling:
                 self.say(f"{self.command} is run, NOT checked against the rules: {_line(exc)}")
                 return 0
 
-        asked = child.fork(act, signals)
+        try:
+            asked = child.fork(act, signals)
+        except OSError as exc:  # no more processes, or files
+            self.say(f"{self.command} is run, NOT checked against the rules: {_line(exc)}")
+            return 0, signals.stopped_by()
         was_ended = asked.exit_code > child.BY_SIGNAL
         if asked.told and (was_ended or asked.exit_code == 0):
             return 0, asked.told

@@ -496,6 +496,18 @@ def test_signals_while_the_last_event_is_queued_do_not_lose_it(start, path):
 # --- the gate
 
 
+def test_a_gate_for_which_there_is_no_process_keeps_nothing_from_running(path):
+    """Of an account that may have none more, a container's limit, or a host without memory."""
+    code = "import os, sys; os.fork = lambda: (_ for _ in ()).throw(OSError(11, 'no more processes'))\n"
+    line = wrapped(path, "echo", "RAN", gate=5)
+
+    done = subprocess.run((*line[:2], code + line[2], *line[3:]), capture_output=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stdout) == (0, b"RAN\n")
+    assert b"NOT checked against the rules" in done.stderr
+    assert statuses(path) == ["started", "completed"]
+
+
 def test_a_gate_that_refuses_keeps_the_command_from_running(path, tmp_path):
     done = run(path, "touch", tmp_path / "ran", gate=5)
 
