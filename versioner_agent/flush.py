@@ -98,9 +98,7 @@ def _tell_ends(ledger: Ledger, lock: FlusherLock) -> None:
     orphans = Orphans(ledger)
     if not orphans.has_files() or others_can_write(ledger.store.path):
         return
-    with lock_errors(lock):
-        is_ours = not lock.presence().has_agent and lock.claim_delivery()
-    if is_ours:
+    if take_turn(lock):
         migrate(ledger)
         orphans.look(time.monotonic())
         lock.close()  # an agent may have come meanwhile
@@ -138,7 +136,11 @@ def _drain(
         for record in review.failed_since(ledger.store, started):
             keep(record)
         if not is_free:
-            why += "" if lock.presence().is_delivering else ", and none is running"
+            presence = lock.presence()
+            if not presence.is_delivering:
+                why += ", and none is running"
+            elif not presence.has_agent:
+                why = f"pid {presence.pid or 'unknown'} has its turn at delivering"
             break
     pending = ledger.pending()
     return Drained(list(refused.values()), pending, why if pending else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ import threading
 import pytest
 from host import KEY, eventually, free_port
 from scripted import accepted, answer, refused
+
+from versioner_agent.locks import FlusherLock
 
 JOB_KEY = "sk_acme_k7_job"
 #: Queues one event and waits for its verdict: arguments kind, fields, seconds, options.
@@ -318,3 +321,15 @@ def test_a_gate_beside_an_agent_that_finds_the_api_down_does_not_wait(host_for, 
 
     assert waiter.ends() == 0
     assert "NOT checked" in waiter.said()
+
+
+def test_a_flush_names_who_has_the_turn_where_that_is_no_agent(host_for):
+    host = host_for()
+    host.queue("payments")
+    with contextlib.closing(FlusherLock(host.path)) as somebody:
+        assert somebody.claim_delivery()
+
+        done = host.run("flush", "--timeout", "0")
+
+    assert done.returncode == 75
+    assert f"pid {os.getpid()} has its turn at delivering".encode() in done.stderr
