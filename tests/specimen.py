@@ -7,7 +7,7 @@ import os
 import random
 from typing import NamedTuple
 
-from versioner_agent import events
+from versioner_agent import events, schema
 from versioner_agent.ledger import Ledger
 from versioner_agent.outbox import Destination, Outbox
 from versioner_agent.pages import PAGE_BYTES, row_at, rows
@@ -24,6 +24,16 @@ COLUMNS = (
     "detail", "payload",
 )  # fmt: skip
 SETTLE = "UPDATE record SET state = ?, settled_at = ?, attempts = 1, detail = ?, server_id = ? WHERE id = ?"
+
+
+def make_tables(connection, version):
+    """Make an outbox of an older schema, as programs of then did."""
+    connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    for statement in schema.statements(version):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {version}")
 
 
 class Kept(NamedTuple):

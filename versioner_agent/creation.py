@@ -8,6 +8,7 @@ import sqlite3
 from versioner_agent import schema
 from versioner_agent.errors import OutboxError
 from versioner_agent.files import RESERVE_BYTES
+from versioner_agent.hostid import machine
 from versioner_agent.pages import PAGE_BYTES
 
 
@@ -19,6 +20,7 @@ def make_tables(connection: sqlite3.Connection) -> None:
     connection.execute("BEGIN IMMEDIATE")
     for statement in schema.statements(schema.VERSION):
         connection.execute(statement)
+    connection.execute("UPDATE outbox SET machine = ?", (machine(),))
     connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {schema.VERSION}")
     connection.execute("COMMIT")

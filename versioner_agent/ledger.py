@@ -71,7 +71,6 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         """Use *store*, which belongs to the calling thread."""
         self.store = store
-        store.oldest_version = 1  # older ones are migrated before anything else is done with them
         #: Wrapped around what takes long, with its name: somebody may be waiting for a sign of life.
         self.at_length: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
 

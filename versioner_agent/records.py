@@ -46,6 +46,8 @@ class Record(NamedTuple):
     retry_after: str | None
     late: int
     detail: str | None
+    batch: int | None = None  # it was queued in; the negative id of the export it is in
+    amends: int | None = None  # the record it is a corrected copy of
 
     @property
     def idempotency_key(self) -> str:
@@ -92,7 +94,7 @@ COLUMNS = ", ".join(Record._fields)
 _JSON_KEYS = (
     "id", "event_id", "state", "kind", "product_name", "version", "environment_name", "status", "invoke_id",
     "queued_at", "queued_by", "attempts", "last_attempt_at", "settled_at", "http_status", "server_id", "reason",
-    "code", "rule", "retry_after", "late", "detail",
+    "code", "rule", "retry_after", "late", "detail", "origin", "amends",
 )  # fmt: skip
 
 

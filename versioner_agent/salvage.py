@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from versioner_agent import events, schema
@@ -21,6 +22,8 @@ from versioner_agent.records import Record, is_intact
 MAX_TIME = 253_402_300_800.0  # the year 10000
 #: Ids that a damaged counter may be ahead of the last record found, to be believed.
 MAX_PRUNED = 10_000_000
+#: What `batch` holds batches of.
+BATCH_KINDS = ("enqueue", "import")
 
 
 def rows_of(path: str) -> Iterator[Row]:
@@ -54,7 +57,7 @@ class Salvage:
         marks = ", ".join("?" * len(self._columns))
         self._insert = f"INSERT INTO record ({names}) VALUES ({marks})"  # noqa: S608  # our own column names
         self._unreadable: set[int] = set()
-        self._batches: dict[int, tuple[Any, ...]] = {}
+        self._others: list[tuple[str, tuple[Any, ...]]] = []
         self._sequence = 0
 
     def take(self, row: Row) -> None:
@@ -67,8 +70,8 @@ class Salvage:
                 self._unreadable.add(row.rowid)
         elif width == len(self._columns):
             self._take_record(row)
-        elif width == 5 and row.values[1] == "enqueue":
-            self._batches[row.rowid] = (row.rowid, *row.values[1:])
+        elif width in _OTHER_TABLES and _is_plausible(row.values):
+            self._others.append((_OTHER_TABLES[width], (row.rowid, *row.values[1:])))
         elif width == 10 and row.rowid == 1:
             self._take_destination(row)
         elif width == 2 and row.values[0] == "record" and isinstance(row.values[1], int):
@@ -77,9 +80,9 @@ class Salvage:
     def finish(self) -> tuple[dict[str, int], list[int]]:
         """Write what belongs to all rows; returns records by state, and the ids seen whose digest fails."""
         run = self._connection.execute
-        for batch in self._batches.values():
+        for statement, values in self._others:
             with contextlib.suppress(sqlite3.Error):
-                run("INSERT INTO batch (id, kind, created_at, published, waiting) VALUES (?, ?, ?, ?, ?)", batch)
+                run(statement, values)
         # A staged record whose batch is gone may have been acknowledged: better sent than lost.
         run("UPDATE record SET state = 'pending' WHERE state = 'staged' AND batch NOT IN (SELECT id FROM batch)")
         last = run("SELECT COALESCE(max(id), 0) FROM record").fetchone()[0]
@@ -153,6 +156,23 @@ class Salvage:
         )
 
 
+def _is_plausible(values: Sequence[Any]) -> bool:
+    """Tell whether a row that is no record begins as those of its table do."""
+    second = values[1]
+    if not isinstance(second, str):
+        return False
+    return second in BATCH_KINDS if len(values) == 5 else UID.fullmatch(second) is not None
+
+
+#: What is written of other tables, by their number of columns.
+_OTHER_TABLES = {
+    3: "UPDATE outbox SET id = ?, uid = ?, machine = ?",
+    5: "INSERT OR REPLACE INTO batch VALUES (?, ?, ?, ?, ?)",
+    8: "INSERT OR REPLACE INTO arrival VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+    11: "INSERT OR REPLACE INTO export VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+}
+#: Of outboxes and of exports.
+UID = re.compile("[0-9a-f]{32}")
 _TYPES: dict[str, type[int | float | str | bytes]] = {
     "INTEGER": int,
     "REAL": float,

@@ -136,8 +136,84 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX record_version ON record (product_name, version)",
         "CREATE INDEX record_refused ON record (product_name) WHERE state = 'failed'",
     ),
+    # To 3: crossing an air gap and coming back, being told of failures once, pruning without looking at what stays.
+    # New tables differ in their number of columns from each other and from `record`, `batch` and `destination`, for
+    # that is how their rows are told apart in a damaged file.
+    (
+        # Which outbox this is, wherever it is moved to, and the machine it was made on (see `hostid`).
+        "CREATE TABLE outbox (id INTEGER PRIMARY KEY CHECK (id = 1), uid TEXT NOT NULL, machine TEXT)",
+        "INSERT INTO outbox (id, uid) VALUES (1, lower(hex(randomblob(16))))",
+        # Batches written for the far side. A record in one has its negative id as `batch`, for positive ones are those
+        # it was queued in. `open`: written, and nothing marked; `marking`: all of it counts as exported, `waiting` of
+        # them are still to be turned; `marked`.
+        """
+        CREATE TABLE export (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            uid TEXT NOT NULL UNIQUE,
+            created_at REAL NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('open', 'marking', 'marked')),
+            product_name TEXT,
+            first_id INTEGER,
+            last_id INTEGER,
+            records INTEGER NOT NULL DEFAULT 0,
+            waiting INTEGER NOT NULL DEFAULT 0,
+            digest TEXT,
+            file TEXT
+        )
+        """,
+        "CREATE INDEX export_marking ON export (id) WHERE state = 'marking'",
+        # Batches of other outboxes that were imported here.
+        """
+        CREATE TABLE arrival (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            uid TEXT NOT NULL UNIQUE,
+            origin TEXT NOT NULL,
+            host TEXT,
+            sequence INTEGER NOT NULL,
+            created_at REAL NOT NULL,
+            imported_at REAL NOT NULL,
+            records INTEGER NOT NULL
+        )
+        """,
+        # Imported records whose verdict was written for where they came from: only those are pruned, by this time.
+        "CREATE TABLE told (record_id INTEGER PRIMARY KEY, at REAL NOT NULL)",
+        "CREATE INDEX told_at ON told (at)",
+        "CREATE TRIGGER told_delete AFTER DELETE ON record BEGIN DELETE FROM told WHERE record_id = OLD.id; END",
+        # Failures in the order in which they were settled, whatever the clock said; a cursor has seen those up to seq.
+        "CREATE TABLE failure (seq INTEGER PRIMARY KEY AUTOINCREMENT, record_id INTEGER NOT NULL)",
+        "CREATE INDEX failure_record ON failure (record_id)",
+        "CREATE TABLE cursor (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, used_at REAL NOT NULL) WITHOUT ROWID",
+        "INSERT INTO failure (record_id) SELECT id FROM record WHERE state = 'failed' ORDER BY settled_at, id",
+        """
+        CREATE TRIGGER failure_insert AFTER INSERT ON record WHEN NEW.state = 'failed' BEGIN
+            INSERT INTO failure (record_id) VALUES (NEW.id);
+        END
+        """,
+        """
+        CREATE TRIGGER failure_update AFTER UPDATE OF state ON record
+        WHEN NEW.state = 'failed' AND OLD.state <> 'failed' BEGIN
+            INSERT INTO failure (record_id) VALUES (NEW.id);
+        END
+        """,
+        "CREATE TRIGGER failure_delete AFTER DELETE ON record BEGIN DELETE FROM failure WHERE record_id = OLD.id; END",
+        "CREATE INDEX record_exported ON record (batch, id) WHERE state = 'exported'",
+        "CREATE INDEX record_held_by_export ON record (product_name, id) WHERE state = 'exported'",
+        "CREATE INDEX record_awaiting ON record (event_id) WHERE state IN ('exported', 'failed')",
+        "CREATE INDEX record_imported ON record (state, id) WHERE origin IS NOT NULL",
+        "CREATE INDEX record_amends ON record (amends) WHERE amends IS NOT NULL",
+        "DROP INDEX record_settled",
+        """
+        CREATE INDEX record_prunable ON record (settled_at)
+        WHERE state IN ('delivered', 'discarded') AND origin IS NULL
+        """,
+        "CREATE INDEX record_failed_at ON record (settled_at) WHERE state = 'failed'",
+        "DROP INDEX record_refused",
+        "CREATE INDEX record_refused ON record (product_name, version, reason, id) WHERE state = 'failed'",
+    ),
 )
 VERSION = 1 + len(STEPS)
+#: The version from which on there are the tables of the third step.
+EXPORTS_SINCE = 3
 
 
 def statements(version: int) -> tuple[str, ...]:

@@ -68,9 +68,8 @@ class Store:
         #: Ends a statement that takes long; an agent that is told to stop does not finish looking through a large file.
         self.is_told_to_stop: Callable[[], bool] = lambda: False
         self._queue = WriteQueue(self.path + QUEUE_SUFFIX)
-        #: The schema of the file that is open, and the oldest that may be.
+        #: The schema of the file that is open. What is queued fits into every older one: no upgrade fails a build.
         self.version = schema.VERSION
-        self.oldest_version = max(1, schema.VERSION - 1)
         self._connection: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
 
@@ -245,7 +244,7 @@ class Store:
         if application_id != schema.APPLICATION_ID:
             what = "it does not say that it is an outbox"
             raise self.damaged(what, self._inode) if self.is_remembered() else self.foreign()
-        if not self.oldest_version <= self.version <= schema.VERSION + 1:
+        if not 1 <= self.version <= schema.VERSION + 1:
             raise self.unknown_version(self.version)
         return False
 

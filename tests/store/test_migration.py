@@ -13,8 +13,9 @@ import time
 
 import pytest
 from crash import killed_at, needs_strace, points_of
+from specimen import make_tables
 
-from versioner_agent import Outbox, creation, migration, review, schema
+from versioner_agent import Outbox, migration, review, schema
 from versioner_agent.errors import OutboxError, OutboxFull
 from versioner_agent.integrity import digest
 from versioner_agent.ledger import Ledger
@@ -27,7 +28,7 @@ STEP = (
     "CREATE INDEX record_author ON record (queued_by)",
     "UPDATE destination SET region = 'somewhere'",
 )
-INDEXES = {"record_version", "record_refused"}
+INDEXES = {"record_version", "record_refused", "record_exported"}
 MIGRATE = """
 import sys
 from versioner_agent.ledger import Ledger
@@ -69,13 +70,8 @@ def add_step(monkeypatch, step):
 
 
 def make_schema_1(path):
-    with (
-        contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection,
-        pytest.MonkeyPatch.context() as old,
-    ):
-        old.setattr(schema, "STEPS", ())
-        old.setattr(schema, "VERSION", 1)
-        creation.make_tables(connection)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        make_tables(connection, 1)
     with open(f"{path}.queue", "wb") as queue:
         queue.write(b"outbox\n")
 
@@ -134,7 +130,7 @@ def test_an_outbox_of_schema_1_becomes_what_a_new_one_is_and_a_copy_of_it_is_kep
         fresh.enqueue("build", BUILD)
     assert kept == f"{path_of_1}.schema-1"
     assert tables_and_version(path_of_1) == tables_and_version(tmp_path / "fresh.db")
-    assert tables_and_version(path_of_1)[1] == schema.VERSION == 2
+    assert tables_and_version(path_of_1)[1] == schema.VERSION == 3
     assert records(path_of_1) == old_records
     assert (tables_and_version(kept), records(kept)) == (before, old_records)
     assert migrated(path_of_1) is None
@@ -267,12 +263,12 @@ def test_a_migration_killed_anywhere_has_happened_or_not(path_of_1):
         with Outbox(path) as outbox, outbox.store.read():
             versions.append(outbox.store.version)
         tables, version = tables_and_version(path)
-        assert INDEXES & {name for _, name, _ in tables} == (INDEXES if version == 2 else set())
+        assert INDEXES & {name for _, name, _ in tables} == (INDEXES if version == 3 else set())
         assert records(path) == old
         if os.path.exists(f"{path}.schema-1"):
             assert records(f"{path}.schema-1") == old
             os.remove(f"{path}.schema-1")
-    assert set(versions) == {1, 2}
+    assert set(versions) == {1, 3}
 
 
 def test_a_copy_left_half_made_is_made_again(path, next_schema):

@@ -10,8 +10,9 @@ import threading
 
 import pytest
 from freezegun import freeze_time
+from specimen import make_tables
 
-from versioner_agent import Outbox, creation, events, notices, schema
+from versioner_agent import Outbox, events, notices
 from versioner_agent.locks import FlusherLock
 from versioner_agent.notices import LOST_WITH_CONTAINER, Notices, Subject, binding, unattended_s
 from versioner_agent.storage import Store
@@ -472,11 +473,9 @@ def test_a_row_that_is_gone_breaks_nothing(path):
     assert queue(path).warnings == ()
 
 
-def test_of_an_outbox_without_the_indexes_only_the_whole_is_looked_at(path, monkeypatch):
-    with monkeypatch.context() as old, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        old.setattr(schema, "STEPS", ())
-        old.setattr(schema, "VERSION", 1)
-        creation.make_tables(connection)
+def test_of_an_outbox_without_the_indexes_only_the_whole_is_looked_at(path):
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        make_tables(connection, 1)
     queue_all(path, {"scm_sha": "abc"}, {"version": "2"})
     settled(path, "failed", 2)
     change(path, "UPDATE record SET queued_at = ?", (NOW - 1500,))

@@ -320,3 +320,27 @@ def test_a_batch_whose_mark_of_being_published_was_lost_is_handed_over(path):
         ledger = Ledger(store)
         ledger.sweep_batches(9e9)
         assert ledger.head("payments")[0].id == 1
+
+
+def test_what_crossing_an_air_gap_needs_is_kept(path):
+    """Which outbox it is, what left it and what came in: without them receipts would find nobody."""
+    uid = "0123456789abcdef" * 2
+    with contextlib.closing(Store(path)) as store, store.write() as connection:
+        connection.execute("UPDATE outbox SET uid = ?, machine = 'here'", (uid,))
+        connection.execute(
+            "INSERT INTO export (uid, created_at, state, records, waiting) VALUES (?, 1.5, 'marked', 5, 0)", (uid,)
+        )
+        connection.execute("UPDATE record SET state = 'exported', batch = -1 WHERE id < 3")
+        connection.execute("INSERT INTO arrival VALUES (7, ?, 'elsewhere', 'host', 2, 1.5, 2.5, 9)", (uid,))
+    before = rows_of_tables(path, "outbox", "export", "arrival")
+    with open(path, "r+b") as file:
+        file.write(b"broken")
+    mend(path)
+
+    assert rows_of_tables(path, "outbox", "export", "arrival") == before
+    assert state_of(path, 2) == "exported"
+
+
+def rows_of_tables(path, *names):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return [connection.execute(f"SELECT * FROM {name}").fetchall() for name in names]
