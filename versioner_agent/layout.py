@@ -20,6 +20,7 @@ class Layout(NamedTuple):
     link: str | None = None  # puts the command on everybody's PATH
     sysusers: str | None = None
     tmpfiles: str | None = None
+    share: str | None = None  # directory of what all users read: the man page, completions
 
     @property
     def unit_files(self) -> dict[str, str]:
@@ -31,9 +32,13 @@ class Layout(NamedTuple):
 
     @property
     def other_files(self) -> dict[str, str]:
-        """Paths of what declares account and directories -> their shipped names."""
+        """Paths of what declares account and directories, and of what helps users -> their shipped names."""
         pairs = ((self.sysusers, shipped.SYSUSERS), (self.tmpfiles, shipped.TMPFILES))
-        return {path: name for path, name in pairs if path is not None}
+        found = {path: name for path, name in pairs if path is not None}
+        if self.share is not None:
+            names = (shipped.MAN_PAGE, *shipped.COMPLETIONS.values())
+            found |= {os.path.join(os.path.dirname(self.share), name): name for name in names}
+        return found
 
     @property
     def wants(self) -> dict[str, str]:
@@ -53,6 +58,7 @@ SYSTEM = Layout(
     link="/usr/local/bin/versioner-agent",
     sysusers="/etc/sysusers.d/versioner-agent.conf",
     tmpfiles="/etc/tmpfiles.d/versioner-agent.conf",
+    share="/usr/local/share",
 )
 
 

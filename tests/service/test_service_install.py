@@ -51,6 +51,10 @@ def expected_tree(linked=SCRIPT):
         "etc/versioner-agent/config.toml": ("file", 0o644, text(shipped.CONFIG).encode()),
         "var/lib/versioner-agent": ("directory", 0o2770, None),
         "usr/local/bin/versioner-agent": ("link", 0, linked),
+        **{
+            f"usr/local/{name}": ("file", 0o644, text(name).encode())
+            for name in (shipped.MAN_PAGE, *shipped.COMPLETIONS.values())
+        },
     }
 
 

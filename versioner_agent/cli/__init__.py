@@ -39,6 +39,7 @@ COMMANDS = {
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),
     "sandbox": Entry("sandbox", "sandbox", "Run a local server that speaks the event API."),
     "demo": Entry("demo", "demo", "See the whole story in ten seconds, without account or network."),
+    "completion": Entry("completion", "completion", "Print what makes bash, zsh or fish complete our commands."),
     "version": Entry("version", "version", "Show the version."),
 }
 

@@ -72,7 +72,11 @@ def list_records(state: str | None, product: str | None, limit: int, as_json: bo
 @settings_options()
 @json_option
 def show(record_id: int, as_json: bool, **options: Any) -> None:
-    """Show one record with its payload and attempts."""
+    """Show one record with its payload and attempts.
+
+    \b
+    versioner-agent show 42
+    """
     import json  # noqa: PLC0415
 
     from versioner_agent import review  # noqa: PLC0415

@@ -32,7 +32,12 @@ HELD_LINES = 10
 @settings_options()
 @json_option
 def status(as_json: bool, **options: Any) -> None:
-    """Show counts, the destination and why it is as it is, the agent, and what holds a product's events back."""
+    """Show counts, the destination and why it is as it is, the agent, and what holds a product's events back.
+
+    \b
+    versioner-agent status
+    versioner-agent status --json
+    """
     from versioner_agent import review  # noqa: PLC0415
     from versioner_agent.locks import FlusherLock  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415

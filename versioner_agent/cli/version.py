@@ -11,6 +11,10 @@ from versioner_agent.cli._common import verbose_option
 @click.command()
 @verbose_option
 def version(verbose: bool) -> None:
-    """Show the version, as `--version` does."""
+    """Show the version, as `--version` does.
+
+    \b
+    versioner-agent version
+    """
     del verbose  # the official client takes it
     click.echo(f"versioner-agent, version {__version__}")
