@@ -94,7 +94,7 @@ COLUMNS = ", ".join(Record._fields)
 _JSON_KEYS = (
     "id", "event_id", "state", "kind", "product_name", "version", "environment_name", "status", "invoke_id",
     "queued_at", "queued_by", "attempts", "last_attempt_at", "settled_at", "http_status", "server_id", "reason",
-    "code", "rule", "retry_after", "late", "detail", "origin", "amends",
+    "code", "rule", "retry_after", "late", "detail",
 )  # fmt: skip
 
 

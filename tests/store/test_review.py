@@ -218,7 +218,7 @@ def test_record_has_the_documented_keys(outbox):
 
     assert " ".join(found) == (
         "id event_id state kind product_name version environment_name status invoke_id queued_at queued_by attempts "
-        "last_attempt_at settled_at http_status server_id reason code rule retry_after late detail origin amends"
+        "last_attempt_at settled_at http_status server_id reason code rule retry_after late detail"
     )
     assert found["late"] is False
     assert found["queued_at"].endswith("Z")
