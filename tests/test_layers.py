@@ -49,6 +49,7 @@ ALLOWED = {
         "batches", "damage", "errors", "files", "mending", "migration", "outbox", "records", "reserve", "settling",
         "schema", "storage", "text",
     },
+    "exportfile": {"records"},
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
