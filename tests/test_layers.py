@@ -52,8 +52,10 @@ ALLOWED = {
     "exportfile": {"records"},
     "exports": {"batches", "records", "schema", "storage"},
     "newfile": {"errors"},
+    "spilling": {"config", "errors", "exporting", "flush", "opening", "storage"},
     "exporting": {
-        "config", "errors", "exportfile", "exports", "ledger", "locks", "newfile", "opening", "privileges", "storage",
+        "config", "errors", "exportfile", "exports", "files", "ledger", "locks", "newfile", "opening", "privileges", "records",
+        "storage",
     },
     "review": {"damage", "exports", "ledger", "outbox", "records", "schema", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},

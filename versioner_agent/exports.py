@@ -75,9 +75,11 @@ def has_tables(store: Store) -> bool:
     return store.version >= EXPORTS_SINCE
 
 
-def outbox_uid(store: Store) -> str:
-    """Return the outbox's own id; raises OutboxError."""
+def outbox_uid(store: Store) -> str | None:
+    """Return the outbox's own id, None where it is too old to have one; raises OutboxError."""
     with store.read() as connection:
+        if not has_tables(store):
+            return None
         return str(store.only(connection.execute("SELECT uid FROM outbox WHERE id = 1"))[0])
 
 
