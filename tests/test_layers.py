@@ -97,8 +97,8 @@ ALLOWED = {
         "review", "storage",
     },
     "waiting": {
-        "config", "errors", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports", "review",
-        "storage",
+        "config", "errors", "exports", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports",
+        "review", "storage",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from versioner_agent.batches import CHUNK, CHUNK_BYTES
@@ -272,6 +272,14 @@ def marking(store: Store, connection: sqlite3.Connection) -> int:
 def holds(connection: sqlite3.Connection, product: str) -> bool:
     """Tell whether something of *product* is exported, so that nothing behind it may go first."""
     return connection.execute(HELD, (product,)).fetchone() is not None
+
+
+def are_held(store: Store, products: Collection[str]) -> bool:
+    """Tell whether each of a few *products* is held; raises OutboxError."""
+    with store.read() as connection:
+        if not has_tables(store) or not products or connection.execute(ANY_EXPORTED).fetchone() is None:
+            return False
+        return all(holds(connection, product) for product in products)
 
 
 def sweep(store: Store, now: float) -> None:
