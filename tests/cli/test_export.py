@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 
 import pytest
 from host import COMMAND, eventually
-from scripted import accepted
+from scripted import accepted, hanging, refused
 
-from versioner_agent import review
+from versioner_agent import review, schema
+from versioner_agent.locks import FlusherLock
 
 
 def parsed(data):
@@ -336,10 +339,6 @@ def test_a_signal_removes_what_is_half_written(host, tmp_path, number, code):
 
 
 def host_lock(host):
-    import contextlib
-
-    from versioner_agent.locks import FlusherLock
-
     lock = FlusherLock(host.path)
     assert lock.claim_delivery()
     return contextlib.closing(lock)
@@ -466,8 +465,6 @@ def test_with_everything_delivered_nothing_is_spilled(host_for, serve, file):
 
 
 def test_a_refusal_shows_in_the_exit_code_of_a_spill(host_for, serve, file):
-    from scripted import refused
-
     host = host_for(serve(lambda seen: refused(422) if seen.product == "bad" else refused(503)).url)
     host.queue("bad")
     host.queue("a")
@@ -478,7 +475,7 @@ def test_a_refusal_shows_in_the_exit_code_of_a_spill(host_for, serve, file):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_flush_and_not_the_spill(host_for, serve, file, number):
-    server = serve(lambda seen: accepted() if seen.number == 0 else held(server))
+    server = serve(lambda seen: hanging() if seen.number else accepted())
     host = host_for(server.url)
     host.queue("a", 3)
     process = host.start("flush", "--timeout", "600", "--spill", str(file), VERSIONER_AGENT_TIMEOUT="1")
@@ -487,12 +484,6 @@ def test_a_signal_ends_the_flush_and_not_the_spill(host_for, serve, file, number
     assert host.end(process, number) == 0
     assert [version for _, version in versions(file)] == ["2", "3"]
     assert host.counts() == {"delivered": 1, "exported": 2}
-
-
-def held(server):
-    from scripted import hanging
-
-    return hanging()
 
 
 def test_a_spill_that_fails_exits_1(host, file):
@@ -522,12 +513,7 @@ def test_a_spill_that_can_be_foreseen_to_fail_delivers_nothing(host_for, serve, 
 
 
 def test_an_outbox_of_an_older_schema_is_upgraded_by_an_export(host, file):
-    import sqlite3
-    from contextlib import closing
-
-    from versioner_agent import schema
-
-    with closing(sqlite3.connect(host.path)) as connection:
+    with contextlib.closing(sqlite3.connect(host.path)) as connection:
         for statement in schema.statements(2):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")

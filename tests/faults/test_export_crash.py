@@ -7,9 +7,9 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import sqlite3
 
-import pytest
 from crash import COMMAND, killed_at, needs_strace, points_of
 from specimen import records_of
 
@@ -46,20 +46,19 @@ def counts_of(host):
     return host.counts()
 
 
-@pytest.mark.parametrize("name", ["events.jsonl"])
-def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_path, name):
+def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_path):
     """What is marked is in a whole file; what is not is still pending, and the next export has it."""
     host = host_for()
     host.queue("a", EVENTS - 1)
     host.queue("b")
     host.close_outbox()
     state = os.path.dirname(host.path)
-    pristine = {each: open(os.path.join(state, each), "rb").read() for each in os.listdir(state)}
+    pristine = {path.name: path.read_bytes() for path in pathlib.Path(state).iterdir()}
     ids = [kept.event_id for _, kept in sorted(records_of(host.path).items())]
-    first, second = tmp_path / name, tmp_path / "next.jsonl"
+    first, second = tmp_path / "events.jsonl", tmp_path / "next.jsonl"
     command = (*COMMAND, "export", str(first))
     points = points_of(command, CALLS, env=host.env)
-    assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "fsync", "rename"}
+    assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "fsync", "renameat"}
     found = collections.Counter()
     for call, number in points:
         restored(host, pristine)

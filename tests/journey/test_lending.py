@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import threading
 
 import pytest
-from host import eventually
+from host import COMMAND, eventually
 from scripted import accepted
 
 PRODUCTS = tuple("abcdefgh")
@@ -101,16 +103,10 @@ def lent(host_for, server, tmp_path):
     host = host_for(server.url)
     host.queue("a", 200)
     blocked = tmp_path / "pipe"
-    import os
-
     os.mkfifo(blocked)
     reader = os.open(blocked, os.O_RDONLY | os.O_NONBLOCK)
     with open(blocked, "wb") as pipe:
-        import subprocess
-
-        from host import COMMAND
-
-        agent = start_agent_without_sending(host)
+        agent = host.agent(VERSIONER_API_KEY="")  # without a key all stays pending
         export = subprocess.Popen(
             (*COMMAND, "export", "-"), stdout=pipe, stderr=subprocess.DEVNULL, env=host.env, start_new_session=True
         )
@@ -119,11 +115,6 @@ def lent(host_for, server, tmp_path):
     export.kill()
     export.wait()
     os.close(reader)
-
-
-def start_agent_without_sending(host):
-    """The API's URL leads to nothing, so that all stays pending until the agent is told where to send."""
-    return host.agent(VERSIONER_API_KEY="")
 
 
 def test_a_borrower_that_is_killed_gives_back(lent):
