@@ -58,6 +58,8 @@ def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_pat
     first, second = tmp_path / "events.jsonl", tmp_path / "next.jsonl"
     command = (*COMMAND, "export", str(first))
     points = points_of(command, CALLS, env=host.env)
+    many = [point for point in points if point[0] in ("pwrite64", "write")]
+    points = [point for point in points if point not in many] + many[:: int(os.environ.get("EVERY", "3"))]
     assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "fsync", "renameat"}
     found = collections.Counter()
     for call, number in points:
