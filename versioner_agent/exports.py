@@ -154,7 +154,7 @@ def drop(store: Store, export: Export) -> None:
 def mark(store: Store, export: Export, written: Written, waiting: int, file: str | None) -> None:
     """Let all that is claimed count as exported, *waiting* records; raises OutboxError."""
     with store.write() as connection:
-        named = {**written._asdict(), "id": export.id, "waiting": waiting, "file": file}
+        named = {**written._asdict(), "id": export.id, "waiting": waiting, "file": file and _storable(file)}
         if connection.execute(MARK, named).rowcount != 1:
             raise store.suspected(f"the batch {export.id} is gone")
 
@@ -220,7 +220,12 @@ def exported(store: Store, export: Export) -> Iterator[list[tuple[Record, bytes]
 def rewritten(store: Store, export: Export, digest: str, file: str) -> None:
     """Note where a marked batch was written once more."""
     with store.write() as connection:
-        connection.execute("UPDATE export SET digest = ?, file = ? WHERE id = ?", (digest, file, export.id))
+        connection.execute("UPDATE export SET digest = ?, file = ? WHERE id = ?", (digest, _storable(file), export.id))
+
+
+def _storable(path: str) -> str:
+    """Return *path* as text, for people: a name of a file may be any bytes."""
+    return path.encode("utf-8", "replace").decode()
 
 
 def by_name(store: Store, name: str) -> list[Export]:

@@ -223,6 +223,27 @@ def test_what_makes_no_sense_exits_2(host, wrong):
     assert host.counts() == {"pending": 1}
 
 
+@pytest.mark.parametrize("args", [["--product", b"\xff", "f"], ["--mark", b"\xff" * 9], ["--again", b"\xff" * 9, "f"]])
+def test_names_that_are_no_text_exit_2(host, args):
+    host.queue("a")
+
+    done = host.run("export", *args)
+
+    assert (done.returncode, b"not UTF-8" in done.stderr) == (2, True)
+
+
+def test_a_file_may_have_any_name(host, tmp_path):
+    host.queue("a")
+    name = os.fsencode(tmp_path) + b"/\xff\n\x1b[31m" + b"x" * 200
+
+    done = host.run("export", name)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert os.path.exists(name)
+    assert b"\x1b" not in done.stdout + host.run("status").stdout
+    assert host.json("status")[0]["exports"]["batches"][0]["left"] == 1
+
+
 def digest_of(done):
     return parsed(done.stdout)[2]["sha256"]
 
