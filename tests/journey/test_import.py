@@ -20,6 +20,7 @@ from specimen import make_tables
 
 from versioner_agent import damage, receipts
 from versioner_agent.batches import INSERT_BATCH, hand_over_all
+from versioner_agent.exportfile import Writer
 from versioner_agent.importfile import ExportFile
 from versioner_agent.importing import Listener, import_all
 from versioner_agent.ledger import Ledger
@@ -623,7 +624,7 @@ def test_queuing_goes_on_while_a_large_file_is_imported(connected, tmp_path):
     assert connected.counts() == {"pending": 3001 + len(queued)}
 
 
-RUN_IN_CHILD = """
+PEAK = """
 import resource, sys
 sys.argv = ["versioner-agent", "import", "--json", sys.argv[1]]
 from versioner_agent import cli
@@ -634,14 +635,21 @@ finally:
 """
 
 
+#: A small process in between: a child begins with the peak of the one that it was forked from.
+PEAK_OF = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+
+
 def test_memory_does_not_grow_with_the_file(host_for, tmp_path):
     peaks = []
     for count in (2_000, 20_000):
-        (tmp_path / "file.gz").write_bytes(
-            exports.written([exports.event(n) for n in range(1, count + 1)], exports.head())
-        )
+        with open(tmp_path / "file.gz", "wb") as stream:
+            writer = Writer(stream, compressed=True)
+            writer.line(exports.head())
+            for number in range(1, count + 1):
+                writer.line(exports.event(number))
+            writer.finish()
         done = subprocess.run(
-            [sys.executable, "-c", RUN_IN_CHILD, str(tmp_path / "file.gz")],
+            [sys.executable, "-c", PEAK_OF, sys.executable, "-c", PEAK, str(tmp_path / "file.gz")],
             env=host_for().env, capture_output=True, check=True,
         )  # fmt: skip
         assert json.loads(done.stdout)["queued"] == count
