@@ -48,10 +48,18 @@ ALLOWED = {
     "mending": {"creation", "damage", "errors", "files", "locks", "salvage", "storage"},
     "migration": {"creation", "errors", "files", "schema", "storage"},
     "ledger": {
-        "batches", "damage", "errors", "files", "mending", "migration", "outbox", "records", "reserve", "settling",
-        "schema", "storage", "text",
+        "batches", "damage", "errors", "exports", "files", "mending", "migration", "outbox", "records", "reserve",
+        "settling", "schema", "storage", "text",
     },
-    "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
+    "exportfile": {"records"},
+    "exports": {"batches", "records", "schema", "storage"},
+    "newfile": {"errors"},
+    "spilling": {"config", "errors", "exporting", "flush", "opening", "storage"},
+    "exporting": {
+        "config", "errors", "exportfile", "exports", "files", "ledger", "locks", "newfile", "opening", "privileges", "records",
+        "storage",
+    },
+    "review": {"damage", "exports", "ledger", "outbox", "records", "schema", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
     "tls": {"errors"},
@@ -74,7 +82,9 @@ ALLOWED = {
     "reports": {"ledger", "outbox", "outcomes", "settling", "text"},
     "flusher": {
         "chooser", "errors", "files", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
+        "workers",
     },
+    "workers": {"outcomes", "records"},
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"files", "ledger", "locks"},
     "receipts": {
@@ -96,8 +106,8 @@ ALLOWED = {
         "review", "storage",
     },
     "waiting": {
-        "config", "errors", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports", "review",
-        "storage",
+        "config", "errors", "exports", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports",
+        "review", "storage",
     },
     "doctor": {"damage", "errors", "review", "schema", "storage"},
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},

@@ -192,6 +192,9 @@ class Agent:
                     self._notifier.ready(vitals.line())
                 elif self._slept_s:
                     sender = self._resume(flusher, sender, account)
+                elif lock.is_borrower_waiting():
+                    with lock_errors(lock):
+                        self._lend(flusher, lock, vitals)
             if self._signals:
                 self._notifier.stopping("stopping: waiting for requests under way")
             unanswered = flusher.finish(GRACE_S)
@@ -216,7 +219,31 @@ class Agent:
                 return True
             if not lock.renew():
                 raise LockHeld(f"the lock {lock.path} was removed, and another agent delivers from this outbox now")
-        return bool(self._signals) or self._wants_reload or self._slept_s > 0
+            is_wanted = lock.is_borrower_waiting()
+        return bool(self._signals) or self._wants_reload or self._slept_s > 0 or is_wanted
+
+    def _lend(self, flusher: Flusher, lock: FlusherLock, vitals: Vitals) -> None:
+        """Let somebody else have the outbox as he finds it: with nothing under way. We stay its agent."""
+        flusher.rest(is_resting=True)
+        try:
+            flusher.run(lambda: not flusher.is_busy() or self._keeps(lock, vitals))
+            if flusher.is_busy() or self._keeps(lock, vitals):
+                return
+            lock.release_delivery()
+            words = f"lent to pid {lock.presence().borrower_pid or 'unknown'}"
+            logger.info("the outbox is %s", words, extra={"action": "lent"})
+            self._notifier.status(words)
+            while not (self._signals or lock.is_hidden()) and (lock.is_borrower_waiting() or not lock.claim_delivery()):
+                self._pause(LOCK_POLL_S)
+            if not self._signals:
+                logger.info("delivering again", extra={"action": "lent"})
+        finally:
+            flusher.rest(is_resting=False)
+
+    def _keeps(self, lock: FlusherLock, vitals: Vitals) -> bool:
+        """Tell whether something has come between, or nobody wants to borrow any more."""
+        vitals.tell(time.monotonic())
+        return self._signals > 0 or lock.is_hidden() or not lock.is_borrower_waiting()
 
     def _resume(self, flusher: Flusher, sender: Sender, account: binding.Account) -> Sender:
         """Ask at once after the host was suspended, on new connections: the old ones lead nowhere."""

@@ -115,6 +115,9 @@ OPTIONS = (
     _option("max_event_attempts", _number(1, 100_000, whole=True), 20, "Answers about one event before giving it up."),
     _option("give_up_after", _number(0, 31_536_000), 3600.0, "Seconds that these answers must span at least."),
     _option("retention_days", _number(0, 36_500), 30.0, "Days that delivered and discarded records are kept."),
+    _option(
+        "exported_retention_days", _number(0, 36_500), 0.0, "Days until exported records are given up; 0 is never."
+    ),
     _option("busy_timeout", _number(0.1, 600), 10.0, "Seconds to wait for other writers of the outbox."),
     _option("gate_timeout", _number(0, 3600), 15.0, "Seconds a deployment's start waits for its verdict; 0 is never."),
     _option("best_effort", _flag, False, "An outbox that can't be used never fails a job (true or false)."),

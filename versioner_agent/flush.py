@@ -27,6 +27,8 @@ from versioner_agent.records import Record
 from versioner_agent.reports import in_trouble
 from versioner_agent.storage import OutboxMissing, Store
 
+#: Why nothing is sent though something is pending.
+HELD = "exported records of the same products go first: a receipt, `retry` or `discard` of those lets them go"
 HAND_OVER_GRACE_S = 4.0  # what requests under way get when an agent waits: it is promised its turn within 5 s
 
 
@@ -120,7 +122,7 @@ def _drain(
 
     def is_drained(flusher: Flusher) -> bool:
         on_progress(_pending_or_none(ledger))
-        return flusher.is_drained()
+        return flusher.is_drained() or (not flusher.is_busy() and _are_all_held(ledger))
 
     def keep(record: Record) -> None:
         refused.setdefault(record.id, record)
@@ -129,15 +131,17 @@ def _drain(
         if not sharing and take_turn(lock):
             turn = deliver(ledger, lock, settings, env, end, is_drained, on_failed=keep)
             if turn.signal or not turn.is_handed_over:
-                why = in_trouble(ledger.destination()[1]) or turn.why
+                why = (HELD if _are_all_held(ledger) else "") or in_trouble(ledger.destination()[1]) or turn.why
                 break
-            why = "its agent has taken over"
+            why = "it was taken over by somebody else"
         is_free = _watch(ledger, lock, end, on_progress, may_deliver=not sharing)
         for record in review.failed_since(ledger.store, started):
             keep(record)
         if not is_free:
             presence = lock.presence()
-            if not presence.is_delivering:
+            if _are_all_held(ledger):
+                why = HELD
+            elif not presence.is_delivering:
                 why += ", and none is running"
             elif not presence.has_agent:
                 why = f"pid {presence.pid or 'unknown'} has its turn at delivering"
@@ -147,9 +151,10 @@ def _drain(
 
 
 def take_turn(lock: FlusherLock) -> bool:
-    """Become the one who delivers, unless somebody else is or an agent waits to be; raises OutboxError."""
+    """Become the one who delivers, unless somebody else is, or an agent or a borrower waits; raises OutboxError."""
     with lock_errors(lock):
-        return not lock.presence().has_agent and lock.claim_delivery()
+        presence = lock.presence()
+        return not presence.has_agent and not presence.has_borrower and lock.claim_delivery()
 
 
 def deliver(
@@ -165,9 +170,9 @@ def deliver(
 ) -> Turn:
     """Deliver what *ledger* shows while it is our turn, until *is_done* or *end* (monotonic seconds).
 
-    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn, and nothing
-    beyond *end* where that *is_strict*. The turn is over and *lock* free when this returns. Raises CredentialsMissing,
-    OtherDestination, ConfigError, OutboxError.
+    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn, all that
+    they may take when somebody wants to borrow the outbox, and nothing beyond *end* where that *is_strict*. The turn is
+    over and *lock* free when this returns. Raises CredentialsMissing, OtherDestination, ConfigError, OutboxError.
     """
     if binding.key_or_none(settings, env) is None:
         config.read_key(settings, env)  # says why it can't be read, where there is a reason
@@ -184,7 +189,9 @@ def deliver(
     ours = _Ours(flusher, lock)
     with closing(sender), handled_by(ours.on_signal, signal.SIGTERM, signal.SIGINT):
         flusher.run(lambda: is_done(flusher) or time.monotonic() >= end or ours.is_over())
-        unanswered = flusher.finish(HAND_OVER_GRACE_S if ours.is_wanted_by_others() else GRACE_S)
+        unanswered = flusher.finish(ours.grace_s(settings.timeout))
+        if unanswered and lock.is_borrower_waiting():  # since then
+            unanswered = flusher.finish(ours.grace_s(settings.timeout))
     is_handed_over = ours.is_wanted_by_others()
     lock.close()
     why = f"{here.origin} has not answered in time" if unanswered else ""
@@ -192,7 +199,7 @@ def deliver(
 
 
 class _Ours:
-    """What ends our turn before its time: an agent that waits for it, a lock that was taken away, a signal.
+    """What ends our turn before its time: an agent or a borrower that waits, a lock that was taken away, a signal.
 
     At SIGINT and SIGTERM what is under way is settled before we leave; a second one leaves at once.
     """
@@ -214,11 +221,24 @@ class _Ours:
         """Tell whether somebody else delivers now, or is to."""
         with lock_errors(self._lock):
             self._is_lost = self._is_lost or not self._lock.renew()
-            return self._is_lost or self._lock.is_agent_waiting()
+            return self._is_lost or self._lock.is_agent_waiting() or self._lock.is_borrower_waiting()
+
+    def grace_s(self, timeout_s: float) -> float:
+        """Return what requests under way get, each of which may take *timeout_s*."""
+        if self._lock.is_borrower_waiting():
+            return timeout_s + GRACE_S
+        return HAND_OVER_GRACE_S if self.is_wanted_by_others() else GRACE_S
 
     def is_over(self) -> bool:
         """Tell whether to leave."""
         return self.is_wanted_by_others() or self.signal > 0
+
+
+def _are_all_held(ledger: Ledger) -> bool:
+    try:
+        return ledger.holds_all()
+    except OutboxError:
+        return False  # whoever delivers meets the same error and says so
 
 
 def _pending_or_none(ledger: Ledger) -> int | None:
@@ -235,10 +255,10 @@ def _watch(
     while True:
         pending = ledger.pending()
         on_progress(pending)
-        if pending == 0 or time.monotonic() >= end:
+        if pending == 0 or time.monotonic() >= end or ledger.holds_all():
             return False
         presence = lock.presence()
-        if may_deliver and not presence.is_delivering and not presence.has_agent:
+        if may_deliver and not (presence.is_delivering or presence.has_agent or presence.has_borrower):
             return True
         time.sleep(min(LOCK_POLL_S, max(0.0, end - time.monotonic())))
 

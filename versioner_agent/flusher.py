@@ -11,21 +11,21 @@ from __future__ import annotations
 import logging
 import queue
 import random
-import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from versioner_agent.chooser import Chooser
 from versioner_agent.errors import OutboxDamaged, OutboxError
 from versioner_agent.files import Times, times_of
 from versioner_agent.ledger import Health, Ledger
 from versioner_agent.outbox import Destination
-from versioner_agent.outcomes import STATE_OF, Outcome, no_answer
+from versioner_agent.outcomes import STATE_OF
 from versioner_agent.policy import Counters, Limits, Pace, decide
 from versioner_agent.records import Record, is_intact
 from versioner_agent.reports import log_destination, log_settlement
 from versioner_agent.settling import Settlement
+from versioner_agent.workers import Answer, Sender, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,6 @@ CONDEMNED_A_STEP = 10
 MEND_S = 60.0  # from one replacement of a damaged outbox to the next
 
 
-class Sender(Protocol):
-    """What the flusher needs to send."""
-
-    def send(self, kind: str, payload: bytes, idempotency_key: str) -> Outcome:
-        """POST one event."""
-
-
 class Options(NamedTuple):
     """The settings that bear on delivering; seconds and days."""
 
@@ -53,13 +46,7 @@ class Options(NamedTuple):
     max_event_attempts: int = 20
     give_up_after: float = 3600.0
     retention_days: float = 30.0
-
-
-class _Answer(NamedTuple):
-    record: Record
-    outcome: Outcome
-    at: float
-    duration_s: float
+    exported_retention_days: float = 0.0  # 0 is never
 
 
 class Flusher:
@@ -86,10 +73,10 @@ class Flusher:
         self._on_failed = on_failed
         self._on_account = on_account
         self._has_batches = True
-        self._inbox: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
-        self._work: queue.SimpleQueue[tuple[Sender, Record, bytes] | None] = queue.SimpleQueue()
-        self._workers = 0
-        self._arrived: list[_Answer] = []
+        self._is_resting = False
+        self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._workers = Workers(self._inbox)
+        self._arrived: list[Answer] = []
         self._unwritten: list[Settlement] = []
         self._rewrite_at = 0.0  # when those are tried again
         self._paused_until = 0.0  # where the outbox could not be used
@@ -144,7 +131,7 @@ class Flusher:
                 self._notice(now)
                 if self._has_batches:
                     self._hand_over()
-                if not self._has_batches:
+                if not self._has_batches and not self._is_resting:
                     self._dispatch(now)
                     self._maintain(now)
                 self._paused_until = 0.0
@@ -162,6 +149,15 @@ class Flusher:
         due = self._pace.next_due(now)
         return min(now + POLL_S, due) if due is not None and due > now else now + POLL_S
 
+    def rest(self, *, is_resting: bool) -> None:
+        """Send nothing new while *is_resting*; what is under way is settled as ever."""
+        self._is_resting = is_resting
+        self._chooser.look_again()
+
+    def is_busy(self) -> bool:
+        """Tell whether a request is under way, or its outcome is not written yet."""
+        return bool(self._busy)
+
     def finish(self, grace_s: float) -> int:
         """Wait up to *grace_s* for requests under way and settle them; returns how many remain unanswered."""
         end = time.monotonic() + grace_s
@@ -177,8 +173,7 @@ class Flusher:
                     if not is_told:
                         logger.error("%s", exc.message, extra={"action": "outbox_error"})  # noqa: TRY400
                         is_told = True
-        for _ in range(self._workers):
-            self._work.put(None)
+        self._workers.stop()
         return len(self._busy)
 
     def is_drained(self) -> bool:
@@ -253,8 +248,7 @@ class Flusher:
                 condemned += 1
                 continue
             self._busy.add(record.product_name)
-            self._work.put((self._sender, record, payload))
-            self._start_worker()
+            self._workers.send(self._sender, record, payload, min(len(self._busy), self._options.concurrency))
         if condemned:
             self.wake()  # there may be many, and a sign of life may be due between them
 
@@ -265,24 +259,6 @@ class Flusher:
         extra = {"action": "damaged", "record": record.id}
         logger.error("record %d is damaged and was not sent", record.id, extra=extra)
         self._on_failed(record._replace(state="failed", reason="damaged", detail=detail))
-
-    def _start_worker(self) -> None:
-        if self._workers < min(len(self._busy), self._options.concurrency):
-            self._workers += 1
-            threading.Thread(target=self._serve, name=f"sender-{self._workers}", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            task = self._work.get()
-            if task is None:
-                return
-            sender, record, payload = task
-            started = time.monotonic()
-            try:
-                outcome = sender.send(record.kind, payload, record.idempotency_key)
-            except Exception as exc:  # noqa: BLE001  # an answer must come back, or its key would wait for ever
-                outcome = no_answer(f"internal error while sending: {type(exc).__name__}")
-            self._inbox.put(_Answer(record, outcome, time.time(), time.monotonic() - started))
 
     # --- settling
 
@@ -319,7 +295,7 @@ class Flusher:
             self._told_state = health.state
             log_destination(health, self._here)
 
-    def _judge(self, answer: _Answer, now: float) -> Settlement:
+    def _judge(self, answer: Answer, now: float) -> Settlement:
         record, outcome, at, duration_s = answer
         if outcome.is_verdict and outcome.server_time is not None:
             self._server_ahead_s = outcome.server_time - now
@@ -395,6 +371,9 @@ class Flusher:
         self._look_for_leftovers(now)
         if self._server_ahead_s is None or abs(wall - now - self._server_ahead_s) > MAX_CLOCK_SKEW_S:
             return  # a host that boots a year ahead must not lose its window
-        if self._ledger.prune(wall - self._options.retention_days * 86_400):
+        pruned = self._ledger.prune(wall - self._options.retention_days * 86_400)
+        if self._options.exported_retention_days:
+            pruned += self._ledger.prune_exported(wall - self._options.exported_retention_days * 86_400)
+        if pruned:
             self._ledger.give_space_back()
             self._maintain_at = now + POLL_S

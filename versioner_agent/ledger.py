@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
-from versioner_agent import mending, migration, reserve, settling
+from versioner_agent import exports, mending, migration, reserve, settling
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
@@ -24,13 +24,14 @@ from versioner_agent.storage import Store, placeholders
 from versioner_agent.text import bounded
 
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
+HELD_SEEKS = 20  # reads that looking for one key that is not held may take
 PRUNE_STEP = 200
 BATCH_ABANDONED_S = 3600.0
 KEPT_FREE_BYTES = 8 * RESERVE_BYTES
 BRIEF_CHARS = 200  # of the API's words, on a full disk
 
 
-Count = TypeVar("Count", int, bool, None)
+Done = TypeVar("Done")
 
 
 class Health(NamedTuple):
@@ -112,11 +113,15 @@ class Ledger:
     def keys(self, after: str, wanted: int, skip: Container[str]) -> Seek:
         """Find up to *wanted* ordering keys with pending records behind *after*, none of them in *skip*.
 
-        Seeks from key to key, so the cost follows the keys passed over, not the records behind them.
+        Seeks from key to key, so the cost follows the keys passed over, not the records behind them. A key with
+        exported records is passed over: what they became is not known yet.
         """
         keys: list[str] = []
+        steps = 0
         with self.store.read() as connection:
-            for _ in range(SEEK_STEPS):
+            are_held = self._has_exports(connection)
+            while steps < SEEK_STEPS:
+                steps += 1 + are_held
                 row = connection.execute(NEXT_KEY, (after,)).fetchone()
                 if row is None:
                     return Seek(keys, "", is_end=True)
@@ -125,20 +130,36 @@ class Ledger:
                 if row[0] <= after:  # it would be walked in circles
                     raise self.store.suspected("the index of pending records is out of order")
                 after = row[0]
-                if after not in skip:
+                if after not in skip and not (are_held and exports.holds(connection, after)):
                     keys.append(after)
                     if len(keys) >= wanted:
                         break
         return Seek(keys, after, is_end=False)
 
+    def holds_all(self) -> bool:
+        """Tell whether all that waits is behind exported records; False also where that takes long to find out."""
+        with self.store.read() as connection:
+            if not self._has_exports(connection):
+                return False
+        after = ""
+        for _ in range(HELD_SEEKS):
+            found = self.keys(after, 1, ())
+            if found.keys or found.is_end:
+                return not found.keys and self.pending() > 0
+            after = found.after
+        return False
+
     def hand_over(self) -> bool:
-        """Do one step of handing over what a dying enqueue had published; False when there is nothing left."""
-        return self._step(lambda step: hand_over_batch(self.store, step), CHUNK)
+        """Do one step of what others have published or exported and died; False when there is nothing left."""
+        return self._step(lambda step: hand_over_batch(self.store, step), CHUNK) or self._step(
+            lambda step: exports.hand_over(self.store, step), CHUNK
+        )
 
     def head(self, key: str) -> tuple[Record, bytes] | None:
-        """Return the first pending record of *key* and its payload; None when nothing of it waits.
+        """Return the first pending record of *key* and its payload; None when nothing of it waits, or all is held.
 
-        One snapshot also tells whether a published batch is still being handed over: its records come first.
+        One snapshot also tells whether a published batch is still being handed over: its records come first. Those of a
+        batch that is being marked as exported only look as if they waited.
         """
         while True:
             with self.store.read() as connection:
@@ -146,11 +167,17 @@ class Ledger:
                 try:
                     row = connection.execute(HEAD_OF, (key,)).fetchone()
                     is_handing_over = connection.execute(FIND_PUBLISHED).fetchone() is not None
+                    if exports.has_tables(self.store):
+                        is_handing_over = is_handing_over or exports.is_marking(connection)
+                        row = None if row and exports.holds(connection, key) else row
                 finally:
                     connection.execute("COMMIT")
             if not is_handing_over:
                 return self._checked(key, row) if row else None
             self.hand_over()
+
+    def _has_exports(self, connection: sqlite3.Connection) -> bool:
+        return exports.has_tables(self.store) and connection.execute(exports.ANY_EXPORTED).fetchone() is not None
 
     def _checked(self, key: str, row: tuple[Any, ...]) -> tuple[Record, bytes]:
         """Return what the index named as the head of *key*, if that is what it is: a settled one must not go again."""
@@ -163,20 +190,29 @@ class Ledger:
         """Return how many records wait."""
         with self.store.read() as connection:
             waiting = self.store.only(connection.execute(COUNT_WAITING))[0]
-        return waiting if isinstance(waiting, int) else 0
+            marking = exports.marking(self.store, connection)
+        return max(0, waiting - marking) if isinstance(waiting, int) else 0
 
     def standing(self) -> Standing:
         """Return how many records wait and how many failed, and the destination's state."""
         with self.store.read() as connection:
             waiting, failed = self.store.only(connection.execute(COUNT_WAITING_AND_FAILED))
             row = self.store.only(connection.execute(SELECT_DESTINATION_ROW))
-        return Standing(int(number(waiting) or 0), int(number(failed) or 0), as_health(row[2:7]))
+            marking = exports.marking(self.store, connection)
+        return Standing(max(0, int(number(waiting) or 0) - marking), int(number(failed) or 0), as_health(row[2:7]))
 
     def oldest_pending(self) -> int | None:
-        """Return the id of the pending record that was queued first, found by its state."""
+        """Return the id of the pending record that was queued first, found by its state.
+
+        One that an exported record holds does not count; None also where many of them come first.
+        """
         with self.store.read() as connection:
-            row = connection.execute(OLDEST_PENDING).fetchone()
-        return int(row[0]) if row else None
+            if not self._has_exports(connection):
+                row = connection.execute(OLDEST_PENDING, (1,)).fetchone()
+                return int(row[0]) if row else None
+            rows = connection.execute(OLDEST_PENDING, (SEEK_STEPS,)).fetchall()
+            held = {key: exports.holds(connection, key) for _, key in rows}
+        return next((int(record_id) for record_id, key in rows if not held[key]), None)
 
     def data_version(self) -> int:
         """Return a number that changes when another connection commits (https://sqlite.org/pragma.html)."""
@@ -223,8 +259,19 @@ class Ledger:
         with self.store.write() as connection:
             connection.execute(UNBIND)
 
+    def claim(self, export: exports.Export, after: int, wanted: int, now: float) -> exports.Claimed:
+        """Claim a step of at most *wanted* pending records behind the id *after* for *export*."""
+        return self._step(lambda step: exports.claim(self.store, export, after, step, now), min(CHUNK, wanted))
+
+    def mark(self, export: exports.Export, written: exports.Written, waiting: int, file: str | None) -> None:
+        """Let *waiting* claimed records count as exported, and turn them."""
+        self._step(lambda _: exports.mark(self.store, export, written, waiting, file), 1)
+        while self.hand_over():
+            pass
+
     def sweep_batches(self, now: float) -> None:
-        """Remove what was staged and never published; nobody was told that it is queued."""
+        """Remove what was staged and never published; nobody was told that it is queued. Likewise exports."""
+        exports.sweep(self.store, now)
         with self.store.read() as connection:
             rows = connection.execute(FIND_ABANDONED, (now - BATCH_ABANDONED_S,)).fetchall()
         for (batch,) in rows:
@@ -235,6 +282,10 @@ class Ledger:
         """Remove one small step of delivered and discarded records settled before *before*; returns how many."""
         return self._step(lambda step: self._prune(before, step), PRUNE_STEP)
 
+    def prune_exported(self, before: float) -> int:
+        """Remove one small step of exported records in batches made before *before*; returns how many."""
+        return self._step(lambda step: exports.prune(self.store, before, step), PRUNE_STEP)
+
     def _prune(self, before: float, step: int) -> int:
         with self.store.read() as connection:
             rows = connection.execute(FIND_OLD, (before, step)).fetchall()
@@ -244,7 +295,7 @@ class Ledger:
                     connection.execute(PRUNE, row)
         return len(rows)
 
-    def _step(self, act: Callable[[int], Count], step: int) -> Count:
+    def _step(self, act: Callable[[int], Done], step: int) -> Done:
         """Do *act* with so many records at once, on a full disk with one, for which its journal has room."""
         try:
             return act(step)
@@ -300,7 +351,7 @@ READABLE_COUNTS = f"""
     SELECT count(*) FROM tally WHERE typeof(n) = 'integer' AND state IN ({placeholders(list(ALL_STATES))})
 """  # noqa: S608  # a constant
 OLDEST_PENDING = """
-    SELECT id FROM record INDEXED BY record_state WHERE state = 'pending' ORDER BY id LIMIT 1
+    SELECT id, product_name FROM record INDEXED BY record_state WHERE state = 'pending' ORDER BY id LIMIT ?
 """
 HEAD_OF = f"""
     SELECT {COLUMNS}, payload FROM record INDEXED BY record_pending

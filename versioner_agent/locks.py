@@ -26,6 +26,8 @@ _NOTES_AT = 2
 _NOTE_BYTES = 10
 _KEY_AT = _NOTES_AT + 2 * _NOTE_BYTES
 _KEY_BYTES = 96
+# And behind that: somebody wants to borrow delivering, and gives it back; his pid follows.
+_BORROWING = _KEY_AT + _KEY_BYTES
 # struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
 _FLOCK = "hhqqi4x"
 
@@ -123,6 +125,8 @@ class Presence(NamedTuple):
     pid: int | None  # of whoever delivers, as it saw itself
     agent_pid: int | None
     agent_key: str | None = None  # what may be shown of it
+    has_borrower: bool = False  # there is one who has delivering lent to him, or waits for that
+    borrower_pid: int | None = None
 
 
 class FlusherLock:
@@ -143,6 +147,23 @@ class FlusherLock:
         """Become the one who delivers; False if somebody else does. Raises OSError."""
         return self._claim(_DELIVERING)
 
+    def claim_borrow(self) -> bool:
+        """Become the one to whom delivering is lent, once `claim_delivery` succeeds; False if somebody else is."""
+        return self._claim(_BORROWING)
+
+    def release_delivery(self) -> None:
+        """Let somebody else deliver; whatever else is held stays."""
+        import fcntl  # noqa: PLC0415
+
+        self._claimed = tuple(byte for byte in self._claimed if byte != _DELIVERING)
+        if self._fd is not None:
+            request = struct.pack(_FLOCK, fcntl.F_UNLCK, os.SEEK_SET, _DELIVERING, 1, 0)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+
+    def is_borrower_waiting(self) -> bool:
+        """Tell whoever delivers whether somebody wants that lent."""
+        return self._fd is not None and _is_locked(self._fd, _BORROWING)
+
     def is_agent_waiting(self) -> bool:
         """Tell a holder that is no agent whether one waits for it."""
         return self._fd is not None and _is_locked(self._fd, _AGENT)
@@ -157,10 +178,12 @@ class FlusherLock:
             is_delivering, has_agent = _is_locked(fd, _DELIVERING), _is_locked(fd, _AGENT)
             pid = _noted(fd, _DELIVERING) if is_delivering else None
             agent_pid = _noted(fd, _AGENT) if has_agent else None
+            has_borrower = _is_locked(fd, _BORROWING)
+            borrower_pid = _noted(fd, _BORROWING) if has_borrower else None
             key = os.pread(fd, _KEY_BYTES, _KEY_AT).decode("utf-8", "replace").strip() if has_agent else ""
         finally:
             os.close(fd)
-        return Presence(is_delivering, has_agent, pid, agent_pid, key or None)
+        return Presence(is_delivering, has_agent, pid, agent_pid, key or None, has_borrower, borrower_pid)
 
     def note_key(self, shown: str) -> None:
         """Note what may be shown of the key that this agent uses, for `status` of those who can't read it."""
@@ -213,7 +236,7 @@ class FlusherLock:
 
 
 def _note_at(byte: int) -> int:
-    return _NOTES_AT + byte * _NOTE_BYTES
+    return byte + 1 if byte == _BORROWING else _NOTES_AT + byte * _NOTE_BYTES
 
 
 def _noted(fd: int, byte: int) -> int | None:

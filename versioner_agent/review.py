@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from versioner_agent import exports
 from versioner_agent.damage import Damage, noted
+from versioner_agent.exports import Overview
 from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
 from versioner_agent.records import COLUMNS, Record, as_record, number, text
@@ -52,6 +54,7 @@ class Stats(NamedTuple):
     destination: Destination
     health: Health
     damage: Damage | None  # that nobody has acknowledged
+    exports: Overview = Overview([], 0)
 
 
 class Verdict(NamedTuple):
@@ -77,7 +80,10 @@ def stats(store: Store) -> Stats:
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
         row = store.only(connection.execute(DESTINATION_ROW))
         damage = noted(connection)
-    tally["pending"] += published
+        marking = exports.marking(store, connection)
+        overview = exports.overview(connection) if exports.has_tables(store) else Overview([], 0)
+    tally["pending"] = max(0, tally["pending"] + published - marking)
+    tally["exported"] += marking
     return Stats(
         size,
         {state: tally[state] for state in STATES},
@@ -88,6 +94,7 @@ def stats(store: Store) -> Stats:
         Destination(text(row[0]), text(row[1])),
         as_health(row[2:7]),
         damage,
+        overview,
     )
 
 
@@ -208,7 +215,7 @@ def _retry(connection: sqlite3.Connection, record_id: int, *, out_of_order: bool
                 record_id, "out_of_order", f"{after[0]} of the same run was delivered since; --out-of-order sends it"
             )
     connection.execute(RETRY, (record_id,))
-    return Verdict(record_id, "retried")
+    return Verdict(record_id, "retried", EXPORTED_TOO if record.state == "exported" else "")
 
 
 def _discard(connection: sqlite3.Connection, record_id: int, *, pending_too: bool) -> Verdict:
@@ -224,6 +231,7 @@ def _discard(connection: sqlite3.Connection, record_id: int, *, pending_too: boo
     return Verdict(record_id, "discarded")
 
 
+EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
 COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
 LAST_FAILURE = f"""
@@ -272,7 +280,8 @@ DELIVERED_AFTER = """
         AND state = 'delivered' LIMIT 1
 """
 RETRY = """
-    UPDATE record SET state = 'pending', retries = retries + 1, settled_at = NULL, held_since = NULL,
+    UPDATE record SET state = 'pending', batch = CASE WHEN batch > 0 THEN batch END, retries = retries + 1,
+        settled_at = NULL, held_since = NULL,
         counted = 0, counted_since = NULL, counted_mark = NULL, unanswered = 0, reason = NULL, code = NULL,
         rule = NULL, retry_after = NULL, late = 0, detail = NULL, http_status = NULL
     WHERE id = ?

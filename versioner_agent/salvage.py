@@ -85,6 +85,7 @@ class Salvage:
                 run(statement, values)
         # A staged record whose batch is gone may have been acknowledged: better sent than lost.
         run("UPDATE record SET state = 'pending' WHERE state = 'staged' AND batch NOT IN (SELECT id FROM batch)")
+        self._finish_exports()
         last = run("SELECT COALESCE(max(id), 0) FROM record").fetchone()[0]
         if last < self._sequence < last + MAX_PRUNED:  # ids of pruned records are not given again
             last = self._sequence
@@ -92,6 +93,21 @@ class Salvage:
         run("INSERT INTO sqlite_sequence (name, seq) VALUES ('record', ?)", (last,))
         counts = dict(run("SELECT state, n FROM tally WHERE n > 0 ORDER BY state").fetchall())
         return counts, sorted(self._unreadable - {row[0] for row in run("SELECT id FROM record").fetchall()})
+
+    def _finish_exports(self) -> None:
+        """Let no batch to come take what an earlier one, of which nothing else is left, had claimed or exported."""
+        run = self._connection.execute
+        run("UPDATE record SET batch = NULL WHERE state = 'pending' AND -batch NOT IN (SELECT id FROM export)")
+        run(
+            """
+            UPDATE export SET awaited = (SELECT count(*) FROM record WHERE state = 'exported' AND batch = -export.id)
+            """
+        )
+        last = run("SELECT max(-batch) FROM record WHERE state = 'exported'").fetchone()[0] or 0
+        last = max(last, run("SELECT COALESCE(max(id), 0) FROM export").fetchone()[0])
+        if 0 < last < MAX_PRUNED:
+            run("DELETE FROM sqlite_sequence WHERE name = 'export'")
+            run("INSERT INTO sqlite_sequence (name, seq) VALUES ('export', ?)", (last,))
 
     def proven(self, row: Row) -> tuple[Record, dict[str, Any]] | None:
         """Return the record that *row* is, and all its columns, where its digest proves it."""
@@ -169,7 +185,7 @@ _OTHER_TABLES = {
     3: "UPDATE outbox SET id = ?, uid = ?, machine = ?",
     5: "INSERT OR REPLACE INTO batch VALUES (?, ?, ?, ?, ?)",
     8: "INSERT OR REPLACE INTO arrival VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-    11: "INSERT OR REPLACE INTO export VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    14: "INSERT OR REPLACE INTO export VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 }
 #: Of outboxes and of exports.
 UID = re.compile("[0-9a-f]{32}")

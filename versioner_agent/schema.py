@@ -145,7 +145,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "INSERT INTO outbox (id, uid) VALUES (1, lower(hex(randomblob(16))))",
         # Batches written for the far side. A record in one has its negative id as `batch`, for positive ones are those
         # it was queued in. `open`: written, and nothing marked; `marking`: all of it counts as exported, `waiting` of
-        # them are still to be turned; `marked`.
+        # them, behind `marked_to`, are still to be turned; `marked`. `awaited` of them are exported now.
         """
         CREATE TABLE export (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -157,11 +157,32 @@ STEPS: tuple[tuple[str, ...], ...] = (
             last_id INTEGER,
             records INTEGER NOT NULL DEFAULT 0,
             waiting INTEGER NOT NULL DEFAULT 0,
+            awaited INTEGER NOT NULL DEFAULT 0,
+            marked_to INTEGER NOT NULL DEFAULT 0,
+            previous TEXT,
             digest TEXT,
             file TEXT
         )
         """,
         "CREATE INDEX export_marking ON export (id) WHERE state = 'marking'",
+        "CREATE INDEX export_unanswered ON export (id) WHERE awaited + waiting > 0",
+        """
+        CREATE TRIGGER export_enters AFTER UPDATE OF state ON record
+        WHEN NEW.state = 'exported' AND OLD.state <> 'exported' BEGIN
+            UPDATE export SET awaited = awaited + 1 WHERE id = -NEW.batch;
+        END
+        """,
+        """
+        CREATE TRIGGER export_leaves AFTER UPDATE OF state ON record
+        WHEN OLD.state = 'exported' AND NEW.state <> 'exported' BEGIN
+            UPDATE export SET awaited = awaited - 1 WHERE id = -OLD.batch;
+        END
+        """,
+        """
+        CREATE TRIGGER export_delete AFTER DELETE ON record WHEN OLD.state = 'exported' BEGIN
+            UPDATE export SET awaited = awaited - 1 WHERE id = -OLD.batch;
+        END
+        """,
         # Batches of other outboxes that were imported here.
         """
         CREATE TABLE arrival (

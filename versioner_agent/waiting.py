@@ -13,10 +13,10 @@ from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
-from versioner_agent import review
+from versioner_agent import exports, review
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError, OutboxBusy, OutboxDamaged, OutboxError
-from versioner_agent.flush import Turn, deliver, others_can_write, take_turn
+from versioner_agent.flush import HELD, Turn, deliver, others_can_write, take_turn
 from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Health, Ledger, Seek
 from versioner_agent.locks import FlusherLock
@@ -33,6 +33,8 @@ SHORTEST_S = 0.05
 PROBE_S = 1.0
 #: So long it waits for an agent to come back, which systemd starts again after five seconds.
 AWAY_S = 6.0
+#: Of so many products it is found out whether exported records hold them.
+LOOKED_AT = 50
 #: So long, at least, it is remembered that the API could not be asked (seconds).
 REMEMBERED_S = 60.0
 
@@ -195,6 +197,8 @@ class _Wait:
             away_since = None if not sharing or self._lock.presence().is_delivering else away_since or now
             if self.signal:
                 return "interrupted"
+            if self._is_all_held():
+                return HELD
             if now >= self._end or (away_since and now - away_since >= AWAY_S):
                 return self._why(sharing)
             if not sharing and self._may_ask() and take_turn(self._lock):
@@ -245,6 +249,11 @@ class _Wait:
             excerpt, self._lock, self._settings, self._env, self._end, self._is_settled, is_strict=True
         )
         self.signal = self._turn.signal
+
+    def _is_all_held(self) -> bool:
+        """Tell whether no verdict can come before a receipt does."""
+        products = {record.product_name for record in self.wanted.waiting()}
+        return len(products) <= LOOKED_AT and exports.are_held(self._store, products)
 
     def _may_ask(self) -> bool:
         return time.monotonic() < self._end - SHORTEST_S

@@ -16,6 +16,7 @@ KEYS = {
     "last_delivered_at": None,
     "last_failure": None,
     "held": None,
+    "exports": ["batches", "held_products"],
     "damage": None,
     "destination": ["url", "account", "state", "reason", "since", "next_attempt_at"],
     "agent": ["running", "pid", "key"],

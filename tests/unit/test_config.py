@@ -27,6 +27,7 @@ SAMPLES = {
     "max_event_attempts": [1, 2, 3, 5],
     "give_up_after": [1.0, 2.0, 3.0, 5.0],
     "retention_days": [1.0, 2.0, 3.0, 5.0],
+    "exported_retention_days": [1.0, 2.0, 3.0, 5.0],
     "busy_timeout": [1.0, 2.0, 3.0, 5.0],
     "gate_timeout": [0.0, 1.0, 2.0, 3.0],
     "best_effort": [True, True, True, True],
@@ -39,7 +40,7 @@ SAMPLES = {
 }
 DEFAULTS = {
     "api_url": "https://api.versioner.io", "concurrency": 4, "timeout": 30, "max_backoff": 120,
-    "max_event_attempts": 20, "give_up_after": 3600, "retention_days": 30, "busy_timeout": 10,
+    "max_event_attempts": 20, "give_up_after": 3600, "retention_days": 30, "busy_timeout": 10, "exported_retention_days": 0,
     "gate_timeout": 15, "best_effort": False,
     "allow_insecure_http": False, "log_format": "text", "log_level": "info",
 }  # fmt: skip

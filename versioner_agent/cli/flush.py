@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -14,7 +14,11 @@ from versioner_agent.cli._common import (
     outbox_settings,
     settings_options,
 )
-from versioner_agent.text import printable
+from versioner_agent.errors import AgentError, UsageError
+from versioner_agent.text import harmless, printable
+
+if TYPE_CHECKING:
+    from versioner_agent.config import Settings
 
 
 @click.command()
@@ -22,9 +26,10 @@ from versioner_agent.text import printable
 @click.option(
     "--new-destination", is_flag=True, help="Deliver to the configured API from now on, wherever it was before."
 )
+@click.option("--spill", metavar="FILE", help="Export what is left then, whatever became of the flush (see `export`).")
 @settings_options(*DELIVERY_KEYS)
 @json_option
-def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -> int:
+def flush(wait_s: float, new_destination: bool, spill: str | None, as_json: bool, **options: Any) -> int:
     """Deliver what is pending, waiting for backoff within --timeout; requests under way then get 5 s more.
 
     Where an agent delivers from this outbox, or others can write it, this waits for its agent instead. Exits 0 when
@@ -32,6 +37,7 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
 
     \b
     versioner-agent flush --timeout 30
+    versioner-agent flush --timeout 30 --spill "$CARRIED/events.jsonl.gz"
     """
     import os  # noqa: PLC0415
 
@@ -41,6 +47,8 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
 
     settings = outbox_settings(options)
     logs.configure(settings.log_format, "debug" if options["verbose"] else "warning")
+    if spill is not None:
+        return _spill(settings, spill, wait_s, rebind=new_destination, as_json=as_json)
     with _Progress() as progress:
         drained = flushing.flush(
             settings, os.environ, timeout=wait_s, rebind=new_destination, on_progress=progress.show
@@ -53,6 +61,37 @@ def flush(wait_s: float, new_destination: bool, as_json: bool, **options: Any) -
         events = "1 event is" if drained.pending == 1 else f"{drained.pending} events are"
         click.echo(printable(f"{events} still queued{why}"), err=True)
     return exit_code(drained.refused) or (STILL_QUEUED if drained.pending else 0)
+
+
+def _spill(settings: Settings, path: str, wait_s: float, *, rebind: bool, as_json: bool) -> int:
+    import os  # noqa: PLC0415
+
+    from versioner_agent import spilling  # noqa: PLC0415
+    from versioner_agent.cli.export import ended_by_signals, exported_json, tell_damaged  # noqa: PLC0415
+    from versioner_agent.waiting import exit_code  # noqa: PLC0415
+
+    spilling.check(settings, path)
+    try:
+        with ended_by_signals(), _Progress() as progress:
+            done = spilling.flush_and_spill(
+                settings, os.environ, path, timeout=wait_s, rebind=rebind, on_progress=progress.show
+            )
+    except UsageError as exc:  # somebody was faster
+        raise AgentError(exc.message, exc.hint) from exc
+    if done.exported is not None:
+        tell_damaged(done.exported)
+    if as_json:
+        refused = [record.id for record in done.drained.refused]
+        spilled = None if done.exported is None else exported_json(done.exported)
+        echo_json(
+            {"pending": 0, "refused": refused, "note": done.trouble or done.drained.note or None, "spilled": spilled}
+        )
+    if done.exported is not None:
+        why = done.trouble or done.drained.note
+        events = "1 event" if done.exported.records == 1 else f"{done.exported.records} events"
+        to = f"{done.exported.file} (batch {done.exported.batch}, sha256 {done.exported.sha256})"
+        click.echo(harmless(f"spilled {events} to {to}{f': {why}' if why else ''}"), err=True)
+    return exit_code(done.drained.refused)
 
 
 class _Progress:

@@ -18,6 +18,7 @@ from versioner_agent.cli._common import (
     step_down_for,
     styled,
 )
+from versioner_agent.exports import BATCHES_SHOWN, PRODUCTS_COUNTED
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from versioner_agent.review import Stats
 
 HELD_LINES = 10
+BATCH_LINES = 10
 
 
 @click.command()
@@ -98,6 +100,7 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
             {"product_name": held.product_name, "id": held.id, "since": time_json(held.since), "reason": held.reason}
             for held in stats.held
         ],
+        "exports": _exports_json(stats, now),
         "damage": damage_json(stats.damage),
         "destination": {
             "url": stats.destination.origin or api_url,
@@ -111,6 +114,24 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
     }
 
 
+def _exports_json(stats: Stats, now: float) -> dict[str, Any]:
+    from versioner_agent.records import time_json  # noqa: PLC0415
+
+    batches = [
+        {
+            "number": each.id,
+            "batch": each.uid,
+            "created_at": time_json(each.created_at),
+            "age_s": round(max(0.0, now - each.created_at), 1),
+            "records": each.records,
+            "left": each.awaited + each.waiting,
+            "file": each.file,
+        }
+        for each in stats.exports.batches
+    ]
+    return {"batches": batches, "held_products": stats.exports.held_products}
+
+
 def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[str]:
     from versioner_agent.text import age  # noqa: PLC0415
 
@@ -118,6 +139,7 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
     notes = {
         "pending": f"oldest {age(stats.oldest_pending_at, now)}" if stats.oldest_pending_at else "",
         "delivered": f"last {age(stats.last_delivered_at, now)}" if stats.last_delivered_at else "",
+        "exported": _exported_note(stats, now),
     }
     if stats.last_failure:
         last = stats.last_failure
@@ -131,6 +153,7 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
         if count or state in ("pending", "delivered", "failed"):
             name = styled(state, 11) if count else state.ljust(11)
             lines.append(f"{name}  {count:<6}  {notes.get(state, '')}".rstrip())
+    lines += _batch_lines(stats, now)
     lines += _destination_lines(stats, api_url, now)
     if presence.has_agent:
         key = f", key {printable(presence.agent_key)}" if presence.agent_key else ""
@@ -143,6 +166,35 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
         lines.append(f"held         {words} since {age(held.since, now)}")
     if len(stats.held) > HELD_LINES:
         lines.append(f"             and more: {len(stats.held) - HELD_LINES} other products at least")
+    return lines
+
+
+def _exported_note(stats: Stats, now: float) -> str:
+    from versioner_agent.text import age  # noqa: PLC0415
+
+    batches, held = stats.exports
+    if not batches:
+        return ""
+    written = _at_least(len(batches), BATCHES_SHOWN, "batch", "batches")
+    products = _at_least(held, PRODUCTS_COUNTED, "product", "products")
+    return f"without a receipt: {written}, the oldest {age(batches[0].created_at, now)}; {products} held"
+
+
+def _at_least(count: int, most: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}{' or more' if count >= most else ''}"
+
+
+def _batch_lines(stats: Stats, now: float) -> list[str]:
+    from versioner_agent.text import age  # noqa: PLC0415
+
+    batches = stats.exports.batches
+    lines = [
+        f"batch        {each.id}  {printable(each.uid[:8])}  {age(each.created_at, now)}  "
+        f"{each.awaited + each.waiting} of {each.records} left  {printable(each.file or 'written to stdout')}"
+        for each in batches[:BATCH_LINES]
+    ]
+    if len(batches) > BATCH_LINES:
+        lines.append(f"             and more: {len(batches) - BATCH_LINES} other batches at least")
     return lines
 
 

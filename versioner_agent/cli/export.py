@@ -1,0 +1,161 @@
+"""`export`: pending records into a file that crosses the air gap."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from versioner_agent.cli import _notes
+from versioner_agent.cli._common import echo, echo_json, json_option, load_settings, settings_options
+from versioner_agent.errors import UsageError
+from versioner_agent.text import harmless
+
+if TYPE_CHECKING:
+    from versioner_agent.config import Settings
+    from versioner_agent.exporting import Exported
+
+STDOUT = "-"
+
+
+@click.command()
+@click.argument("file", required=False, metavar="FILE")
+@click.option("--product", metavar="NAME", help="Only records of this product.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many, the oldest first.")
+@click.option("--mark", metavar="DIGEST", help="Mark as exported what was written to stdout, by its SHA-256.")
+@click.option("--again", metavar="BATCH", help="Write a marked batch once more: a number, or its id.")
+@settings_options()
+@json_option
+def export(
+    file: str | None, product: str | None, limit: int | None, mark: str | None, again: str | None, as_json: bool,
+    **options: Any,
+) -> int:  # fmt: skip
+    """Write pending records to FILE (compressed if it ends in .gz) and mark them exported once it is synced.
+
+    They are sent by whoever imports the file; until their receipts come back, nothing later of their products is sent
+    from here. An agent may run meanwhile. With `-` for FILE, the lines go to stdout and nothing is marked until
+    `--mark` says that they have arrived.
+
+    \b
+    versioner-agent export /media/stick/events.jsonl.gz
+    versioner-agent export - | ssh relay 'cat >events.jsonl'
+    versioner-agent export --mark 3f0c1a2b
+    """
+    from versioner_agent import exporting, logs  # noqa: PLC0415
+
+    _check(file, product, limit, mark, again, as_json=as_json)
+    settings = load_settings(options)
+    logs.configure(settings.log_format, "debug" if options["verbose"] else "warning")
+    with ended_by_signals():
+        if mark is not None:
+            return _mark(settings, mark, as_json=as_json)
+        assert file is not None  # _check
+        if file == STDOUT:
+            return _stream(settings, product, limit)
+        if again is not None:
+            return _report(exporting.export_again(settings, again, file), as_json=as_json)
+        return _report(exporting.export(settings, file, product=product, limit=limit), as_json=as_json)
+
+
+def _check(
+    file: str | None, product: str | None, limit: int | None, mark: str | None, again: str | None, *, as_json: bool
+) -> None:
+    """Refuse what makes no sense together; raises UsageError."""
+    has_choice = product is not None or limit is not None
+    if mark is not None and (file is not None or again is not None or has_choice):
+        raise UsageError("--mark takes no file and no other choice: the digest says what was written")
+    if mark is None and not file:
+        raise UsageError("name the file to write", "`-` writes to stdout, and marks nothing")
+    if again is not None and has_choice:
+        raise UsageError("--again writes what is left of the batch; --product and --limit don't go with it")
+    if file == STDOUT and (again is not None or as_json):
+        raise UsageError("--again and --json don't go with `-`: stdout is for the lines", "name a file")
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as SIGINT does, so that what is half written is removed."""
+    from versioner_agent.opening import handled_by  # noqa: PLC0415
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    with handled_by(end, signal.SIGTERM, signal.SIGHUP):
+        yield
+
+
+def _stream(settings: Settings, product: str | None, limit: int | None) -> int:
+    from versioner_agent import exporting  # noqa: PLC0415
+
+    # Past the wrapper of stdout, for which a reader that leaves is no error.
+    stream = os.fdopen(os.dup(1), "wb")
+    try:
+        done = exporting.export_to(settings, stream, product=product, limit=limit)
+    finally:
+        with suppress(OSError):  # what was not written has been told
+            stream.close()
+    if done is None:
+        click.echo("nothing is pending", err=True)
+        return 0
+    tell_damaged(done)
+    events = _events(done.records)
+    click.echo(
+        f"wrote {events} (batch {done.batch}, sha256 {done.sha256}); nothing is marked as exported yet", err=True
+    )
+    click.echo(f"once they have arrived: versioner-agent export --mark {done.sha256}", err=True)
+    return 0
+
+
+def _report(done: Exported | None, *, as_json: bool) -> int:
+    if done is None:
+        click.echo("nothing is pending; no file was written", err=True)
+        return 0
+    tell_damaged(done)
+    if as_json:
+        echo_json(exported_json(done))
+    else:
+        echo(harmless(summary(done)))
+    return 0
+
+
+def summary(done: Exported) -> str:
+    """Say what was exported, in a line."""
+    return f"exported {_events(done.records)} to {done.file} (batch {done.batch}, sha256 {done.sha256})"
+
+
+def exported_json(done: Exported) -> dict[str, Any]:
+    """Return *done* with the documented keys."""
+    return {key: value for key, value in done._asdict().items() if key != "damaged"}
+
+
+def tell_damaged(done: Exported) -> None:
+    """Warn of what was left out."""
+    for record_id in done.damaged:
+        _notes.warn(f"record {record_id} is damaged and was left out; queue the event again")
+
+
+def _mark(settings: Settings, digest: str, *, as_json: bool) -> int:
+    from versioner_agent import exporting  # noqa: PLC0415
+
+    done = exporting.mark(settings, digest)
+    if as_json:
+        echo_json({"batch": done.batch, "records": done.records, "marked": done.marked})
+    elif done.was_marked:
+        echo(f"batch {done.batch} is marked as exported already")
+    else:
+        echo(f"marked {done.marked} of {_events(done.records)} as exported (batch {done.batch})")
+    if not done.was_marked and done.marked < done.records:
+        others = done.records - done.marked
+        click.echo(
+            f"{others} of them were settled, or exported in another batch, meanwhile: left as they are", err=True
+        )
+    return 0
+
+
+def _events(count: int) -> str:
+    return "1 record" if count == 1 else f"{count} records"

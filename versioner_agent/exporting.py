@@ -1,0 +1,356 @@
+"""`export`: what is pending goes into a file, is claimed as it is written, and marked when the file is safe.
+
+The flusher's lock is borrowed for the whole of it, so that nothing under way is exported. The file is opened, synced
+and named with the caller's rights, the outbox is used with those of its owner.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, BinaryIO, NamedTuple
+
+from versioner_agent import __version__, exports
+from versioner_agent.config import Settings
+from versioner_agent.errors import AgentError, LockHeld, OutboxError, UsageError
+from versioner_agent.exportfile import FORMAT, MAX_LINE_BYTES, Header, Writer, event_line, is_compressed
+from versioner_agent.exports import Export, Written
+from versioner_agent.files import inode_of
+from versioner_agent.ledger import Ledger
+from versioner_agent.locks import FlusherLock, Presence
+from versioner_agent.newfile import NewFile, open_old
+from versioner_agent.opening import LOCK_POLL_S, lock_errors, migrate, open_outbox
+from versioner_agent.privileges import as_owner_of
+from versioner_agent.records import Record, is_intact
+from versioner_agent.storage import OutboxMissing, Store
+
+#: What handing over may take an agent on top of the requests it has under way (seconds).
+LENDING_S = 15.0
+#: Of a digest or a batch, so many characters must be given.
+SHORTEST_NAME = 8
+MOST = 2**63 - 1  # records, where no limit is given
+IDS_SHOWN = 20
+
+
+class Exported(NamedTuple):
+    """A batch that was written; *damaged* records were left out, and are failed."""
+
+    batch: str
+    file: str | None  # None for a stream
+    records: int
+    sha256: str
+    first_id: int
+    last_id: int
+    damaged: tuple[int, ...] = ()
+
+
+class Marked(NamedTuple):
+    """What marking a batch came to: *marked* of its records count as exported now."""
+
+    batch: str
+    records: int
+    marked: int
+    was_marked: bool  # before, so that nothing was done
+
+
+def export(settings: Settings, path: str, *, product: str | None = None, limit: int | None = None) -> Exported | None:
+    """Write what is pending, of *product* only and up to *limit*, to the new file *path*, and mark it as exported.
+
+    None where nothing is pending. Raises UsageError for a *path* that is taken, LockHeld, OutboxError, AgentError; then
+    nothing is marked.
+    """
+    with closing(Store(settings.db, settings.busy_timeout)) as store:
+        check_free(store, path)
+        ledger = Ledger(store)
+        with NewFile(path) as new, _borrowed(store, settings) as lock:
+            with _owned(store):
+                batch = _write(ledger, new.file, product, limit, new.error, compressed=is_compressed(new.path))
+            if batch is None:
+                return None
+            new.place()
+            with _owned(store):
+                _mark(ledger, lock, batch, new.path)
+            return batch.exported(new.path)
+
+
+def export_to(
+    settings: Settings, stream: BinaryIO, *, product: str | None = None, limit: int | None = None
+) -> Exported | None:
+    """Write the same to *stream* and mark nothing: `mark` does that by the digest."""
+    with closing(Store(settings.db, settings.busy_timeout)) as store, _borrowed(store, settings), _owned(store):
+        batch = _write(Ledger(store), stream, product, limit, _stream_error, compressed=False)
+        if batch is None:
+            return None
+        try:
+            stream.flush()
+        except OSError as exc:
+            raise _stream_error(exc) from exc
+        exports.close(store, batch.export, batch.written)
+        return batch.exported(None)
+
+
+def mark(settings: Settings, digest: str) -> Marked:
+    """Mark those records of the batch with *digest* (or one that begins so) that are still pending as exported.
+
+    Raises UsageError where no batch, or more than one, has such a digest, LockHeld, OutboxError.
+    """
+    with closing(Store(settings.db, settings.busy_timeout)) as store, _owned(store):
+        found = _the_one(
+            exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else [], "digest", digest
+        )
+        if found.state != "open":
+            return Marked(found.uid, found.records, 0, was_marked=True)
+        with _borrowed(store, settings):
+            ledger = Ledger(store)
+            while ledger.hand_over():
+                pass
+            waiting = exports.count_claimed(store, found)
+            written = Written(found.records, found.first_id or 0, found.last_id or 0, found.digest or "")
+            ledger.mark(found, written, waiting, None)
+            return Marked(found.uid, found.records, waiting, was_marked=False)
+
+
+def export_again(settings: Settings, name: str, path: str) -> Exported:
+    """Write those records of the marked batch *name* that have no verdict yet to the new file *path*.
+
+    *name* is a number, or a uid or its beginning. Raises UsageError where there is no such batch, or nothing is left in
+    it.
+    """
+    with closing(Store(settings.db, settings.busy_timeout)) as store:
+        with _owned(store):
+            found = _the_one(exports.by_name(store, name.lower()), "batch", name)
+            while exports.hand_over(store):
+                pass
+            found = exports.by_uid(store, found.uid) or found
+        if found.state == "open":
+            raise UsageError(f"the batch {name} was not marked; nothing was done", "`export` writes its records anew")
+        check_free(store, path, found.uid)
+        with NewFile(path) as new:
+            with _owned(store):
+                batch = _rewrite(store, found, new)
+            new.place()
+            with _owned(store):
+                exports.rewritten(store, found, batch.written.digest, new.path)
+            return batch.exported(new.path)
+
+
+def check_free(store: Store, path: str, batch: str | None = None) -> None:
+    """Refuse a *path* where something lies that is not ours to replace, by raising UsageError.
+
+    Ours are exports of this outbox that are of no more use: cut short before they were marked, or with a verdict for
+    every record; and the very *batch* that is to be written.
+    """
+    header = _header_of(path)
+    if header is None:
+        return
+    with _owned(store):
+        try:
+            is_ours = exports.outbox_uid(store) == header.get("outbox")
+            found = exports.by_uid(store, str(header.get("batch")))
+        except OutboxError:
+            is_ours, found = False, None
+    if not is_ours or header.get("content") != "events":
+        raise UsageError(f"{path} is there already, and no export of this outbox; nothing was done", _ANOTHER)
+    is_of_no_use = found is None or (
+        found.digest is None if found.state == "open" else found.awaited + found.waiting <= 0
+    )
+    if not is_of_no_use and header["batch"] != batch:
+        raise UsageError(
+            f"{path} holds the batch {header['batch'][:8]}, which is still of use; nothing was done", _ANOTHER
+        )
+
+
+_ANOTHER = "name a file that is not there"
+
+
+class _Batch(NamedTuple):
+    export: Export
+    written: Written
+    damaged: list[int]
+
+    def exported(self, file: str | None) -> Exported:
+        records, first_id, last_id, digest = self.written
+        return Exported(self.export.uid, file, records, digest, first_id, last_id, tuple(self.damaged))
+
+
+class _Lines:
+    """The lines of one batch, header first; what keeps them from being written is said in the words of *error*."""
+
+    def __init__(
+        self, store: Store, export: Export, file: BinaryIO, error: Callable[[OSError], AgentError], *, compressed: bool
+    ) -> None:
+        self._error = error
+        self._outbox = exports.outbox_uid(store) or ""
+        self._writer = Writer(file, compressed=compressed)
+        self._first_id = self.last_id = 0
+        host = os.uname().nodename
+        batch = (export.uid, export.id, export.previous)
+        header = Header("events", self._outbox, host, *batch, export.created_at, __version__)
+        with self._in_words():
+            self._writer.line(header.line())
+
+    def write(self, records: list[tuple[Record, bytes]]) -> None:
+        with self._in_words():
+            for record, payload in records:
+                self._writer.line(event_line(record, payload, self._outbox))
+                self._first_id = self._first_id or record.id
+                self.last_id = record.id
+
+    def finish(self) -> Written:
+        with self._in_words():
+            lines, digest = self._writer.finish()
+        return Written(lines, self._first_id, self.last_id, digest)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise self._error(exc) from exc
+
+
+def _write(
+    ledger: Ledger,
+    file: BinaryIO,
+    product: str | None,
+    limit: int | None,
+    error: Callable[[OSError], AgentError],
+    *,
+    compressed: bool,
+) -> _Batch | None:
+    """Claim what is pending and write it, step by step; None where there is nothing."""
+    store = ledger.store
+    try:
+        open_outbox(ledger, create=False)
+    except OutboxMissing:
+        return None
+    migrate(ledger)
+    while ledger.hand_over():
+        pass
+    if not exports.has_pending(store, product):
+        return None
+    export = exports.begin(store, product, time.time())
+    lines = _Lines(store, export, file, error, compressed=compressed)
+    damaged: list[int] = []
+    after, left, is_end = 0, limit or MOST, False
+    while left and not is_end:
+        step = ledger.claim(export, after, left, time.time())
+        after, is_end, left = step.last_id, step.is_end, left - len(step.records)
+        damaged += [record.id for record in step.damaged]
+        lines.write(step.records)
+    if not lines.last_id:
+        exports.drop(store, export)
+        raise OutboxError(
+            f"nothing was exported: all that was pending is damaged and has failed ({_some(damaged)})",
+            "`versioner-agent show ID` tells more; queue these events again",
+        )
+    return _Batch(export, lines.finish(), damaged)
+
+
+def _rewrite(store: Store, export: Export, new: NewFile) -> _Batch:
+    """Write what has no verdict yet, in its order."""
+    lines = _Lines(store, export, new.file, new.error, compressed=is_compressed(new.path))
+    damaged: list[int] = []
+    for page in exports.exported(store, export):
+        intact = [(record, payload) for record, payload in page if is_intact(record, payload)]
+        damaged += [record.id for record, payload in page if not is_intact(record, payload)]
+        lines.write(intact)
+    if not lines.last_id:
+        raise UsageError(
+            f"nothing of the batch {export.uid[:SHORTEST_NAME]} waits for a verdict any more; nothing was written",
+            "`versioner-agent list` shows what became of its records",
+        )
+    return _Batch(export, lines.finish(), damaged)
+
+
+def _mark(ledger: Ledger, lock: FlusherLock, batch: _Batch, path: str) -> None:
+    """Let the records count as exported, now that the file is safe."""
+    try:
+        with lock_errors(lock):
+            if not lock.renew():
+                raise LockHeld("the lock was removed meanwhile, and somebody else delivers from this outbox")
+        ledger.mark(batch.export, batch.written, batch.written.records, path)
+    except AgentError as exc:
+        exc.message += (
+            f"; {path} is complete, but nothing was marked as exported: its records will be sent from here too"
+        )
+        raise
+
+
+@contextmanager
+def _borrowed(store: Store, settings: Settings) -> Iterator[FlusherLock]:
+    """Have delivering lent for the block by whoever does it, once all that it has under way is settled."""
+    lock = FlusherLock(store.path)
+    try:
+        with _owned(store), lock_errors(lock):
+            if inode_of(store.path) is not None:  # else there is nothing to deliver, and no place for a lock perhaps
+                _borrow(lock, time.monotonic() + settings.timeout + LENDING_S)
+        yield lock
+    finally:
+        lock.close()
+
+
+def _borrow(lock: FlusherLock, end: float) -> None:
+    for claim in (lock.claim_borrow, lock.claim_delivery):
+        while not claim():
+            if time.monotonic() >= end:
+                raise _not_lent(lock.presence(), is_first=claim == lock.claim_delivery)
+            time.sleep(LOCK_POLL_S)
+
+
+def _not_lent(presence: Presence, *, is_first: bool) -> LockHeld:
+    if not is_first:
+        pid = presence.borrower_pid or "unknown"
+        return LockHeld(f"another export or import (pid {pid}) is under way; nothing was done", "try again after it")
+    return LockHeld(
+        f"pid {presence.pid or 'unknown'} delivers from this outbox and did not let us in; nothing was done",
+        "try again; an agent of an older version never lets others in: restart it after an upgrade",
+    )
+
+
+@contextmanager
+def _owned(store: Store) -> Iterator[None]:
+    """Use the outbox with no more rights than its owner has."""
+    with as_owner_of(os.path.dirname(store.path)):
+        yield
+
+
+def _the_one(found: list[Export], what: str, name: str) -> Export:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{len(found)} batches have a {what} that begins with {name}", "give more of it")
+    raise UsageError(
+        f"no batch of this outbox has the {what} {name}",
+        f"give it whole, or its first {SHORTEST_NAME} characters at least; `versioner-agent status` lists batches",
+    )
+
+
+def _header_of(path: str) -> dict[str, Any] | None:
+    """Return the header of the export at *path*, an empty one where it is none; None where there is no file."""
+    fd = open_old(path)
+    if fd is None:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        try:
+            lines = gzip.GzipFile(fileobj=file) if is_compressed(path) else file
+            found = json.loads(lines.readline(MAX_LINE_BYTES))
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError):
+            return {}
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+
+
+def _stream_error(exc: OSError) -> AgentError:
+    return AgentError(
+        f"can't write to stdout: {exc.strerror or exc}; the export is incomplete", "nothing was marked: export again"
+    )
+
+
+def _some(ids: list[int]) -> str:
+    shown = ", ".join(map(str, ids[:IDS_SHOWN]))
+    return shown if len(ids) <= IDS_SHOWN else f"{shown} and {len(ids) - IDS_SHOWN} more"
