@@ -40,7 +40,8 @@ ALLOWED = {
     "settling": {"outcomes", "policy", "records", "reserve", "storage", "text"},
     "batches": {"errors", "storage"},
     "exportfile": {"records"},
-    "importfile": {"bodies", "errors", "events", "exportfile", "files", "values"},
+    "importlines": {"bodies", "errors", "events", "exportfile", "values"},
+    "importfile": {"bodies", "errors", "exportfile", "files", "importlines", "values"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -51,7 +52,6 @@ ALLOWED = {
         "batches", "damage", "errors", "exports", "files", "mending", "migration", "outbox", "records", "reserve",
         "settling", "schema", "storage", "text",
     },
-    "exportfile": {"records"},
     "exports": {"batches", "records", "schema", "storage"},
     "newfile": {"errors"},
     "spilling": {"config", "errors", "exporting", "flush", "opening", "storage"},
@@ -88,11 +88,12 @@ ALLOWED = {
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"files", "ledger", "locks"},
     "receipts": {
-        "batches", "errors", "exportfile", "importfile", "outcomes", "records", "storage", "text",
+        "batches", "config", "errors", "exportfile", "exports", "importfile", "importlines", "newfile", "outcomes",
+        "privileges", "records", "storage", "text",
     },
     "importing": {
-        "batches", "errors", "exportfile", "files", "importfile", "integrity", "locks", "migration", "opening", "outbox",
-        "receipts", "records", "schema", "storage",
+        "batches", "errors", "exportfile", "exports", "files", "importfile", "importlines", "integrity", "locks",
+        "migration", "opening", "outbox", "receipts", "records", "schema", "storage",
     },
     "orphans": {"errors", "jobs", "ledger", "outbox", "text"},
     "wrapper": {"child", "errors", "events", "jobs", "outbox", "privileges", "text"},
@@ -137,6 +138,7 @@ PURE = (
     "pages",
     "toml_lines",
     "units",
+    "importlines",
 )
 
 

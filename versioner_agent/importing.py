@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-from versioner_agent import migration, receipts
+from versioner_agent import exports, migration, receipts
 from versioner_agent.batches import (
     CHUNK,
     CHUNK_BYTES,
@@ -29,7 +29,8 @@ from versioner_agent.batches import (
 from versioner_agent.errors import OutboxBusy, OutboxError, UsageError
 from versioner_agent.exportfile import Header
 from versioner_agent.files import changed_at
-from versioner_agent.importfile import Exported, ExportFile
+from versioner_agent.importfile import ExportFile
+from versioner_agent.importlines import Exported
 from versioner_agent.integrity import digest
 from versioner_agent.locks import IMPORT_SUFFIX, FlusherLock, WriteQueue
 from versioner_agent.opening import lock_errors
@@ -76,10 +77,12 @@ def import_all(store: Store, files: Sequence[ExportFile], listener: Listener) ->
     with _alone(store):
         _upgrade(store, listener)
         _drop_left_behind(store)
-        ours = _uid(store)
+        ours = exports.outbox_uid(store) or ""
         _refuse_own(events, ours)
         for file in verdicts:
             receipts.refuse_others(store, file, ours)
+        while verdicts and exports.hand_over(store):
+            pass  # of a batch that is still being marked: its records wait for these verdicts too
         done: dict[int, Queued | Applied] = {}
         if events:
             _warn_of_gaps(store, events, listener)
@@ -154,11 +157,6 @@ def _drop_left_behind(store: Store) -> None:
                 "what an import that was killed left behind can't be removed; nothing was imported",
                 "free some space, then try again",
             )
-
-
-def _uid(store: Store) -> str:
-    with store.read() as connection:
-        return str(store.only(connection.execute(SELECT_UID))[0])
 
 
 def _refuse_own(files: Sequence[ExportFile], ours: str) -> None:
@@ -310,7 +308,6 @@ def _row(record_id: int, event: Exported, batch: int | None) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-SELECT_UID = "SELECT uid FROM outbox WHERE id = 1"
 FIND_UNPUBLISHED = "SELECT id FROM batch WHERE kind = ? AND published = 0 AND waiting = 0"
 FIND_ARRIVAL = "SELECT 1 FROM arrival WHERE uid = ?"
 # Who sweeps batches goes by their age.

@@ -13,16 +13,21 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, BinaryIO, NamedTuple
 
-from versioner_agent import __version__
+from versioner_agent import __version__, exports
 from versioner_agent.batches import CHUNK, CHUNK_BYTES
+from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError
-from versioner_agent.exportfile import Header, Writer, verdict_line
-from versioner_agent.importfile import ExportFile, Verdict, verdict_problem
+from versioner_agent.exportfile import Header, Writer, is_compressed, verdict_line
+from versioner_agent.importfile import ExportFile
+from versioner_agent.importlines import Verdict, verdict_problem
+from versioner_agent.newfile import NewFile, open_old
 from versioner_agent.outcomes import MAX_DETAIL_CHARS, MAX_WORDS_CHARS
+from versioner_agent.privileges import as_owner_of
 from versioner_agent.records import COLUMNS, Record, as_record
-from versioner_agent.storage import Store
+from versioner_agent.storage import OutboxMissing, Store
 from versioner_agent.text import bounded, mask_keys
 
 #: In this order: what failed and is delivered while this is written, is told as delivered last.
@@ -48,14 +53,41 @@ class Applied(NamedTuple):
     others: int = 0  # about events of other outboxes
 
 
+def export(settings: Settings, path: str) -> Written | None:
+    """Write all verdicts to the new file *path*, and note that they were told; None where there is nothing to tell.
+
+    The file is made with the caller's rights. Raises UsageError where something lies at *path*, AgentError.
+    """
+    with closing(Store(settings.db, settings.busy_timeout)) as store:
+        fd = open_old(path)
+        if fd is not None:
+            os.close(fd)
+            raise UsageError(f"{path} is there already; nothing was done", "name a file that is not there")
+        with NewFile(path) as new:
+            with as_owner_of(os.path.dirname(store.path)):
+                try:
+                    written = write(store, new.file, compressed=is_compressed(new.path))
+                except OutboxMissing:
+                    return None
+                except OSError as exc:
+                    raise new.error(exc) from exc
+            if not written.records:
+                return None
+            new.place()
+            with as_owner_of(os.path.dirname(store.path)):
+                mark_told(store, written)
+            return written
+
+
 def write(store: Store, file: BinaryIO, *, compressed: bool = False) -> Written:
     """Write all verdicts on imported records into *file*, which stays open; syncing it is the caller's.
 
-    `records` is 0 where there is nothing to tell. Raises OSError, OutboxError. The outbox has the tables of schema 3.
+    `records` is 0 where there is nothing to tell. Raises OSError, OutboxError.
     """
     batch = uuid.uuid4().hex
-    with store.read() as connection:
-        ours = str(store.only(connection.execute(SELECT_UID))[0])
+    ours = exports.outbox_uid(store)
+    if ours is None:  # of an older schema: nothing was ever imported
+        return Written(0, "", batch, array("q"))
     writer = Writer(file, compressed=compressed)
     writer.line(Header("receipts", ours, os.uname().nodename, batch, 0, None, time.time(), __version__).line())
     final = array("q")
@@ -178,7 +210,6 @@ def _settled(store: Store) -> Iterator[Record]:
             yield from map(as_record, rows)
 
 
-SELECT_UID = "SELECT uid FROM outbox WHERE id = 1"
 PAGE_OF_SETTLED = f"""
     SELECT {COLUMNS} FROM record INDEXED BY record_imported
     WHERE origin IS NOT NULL AND state = ? AND id > ? ORDER BY id LIMIT ?

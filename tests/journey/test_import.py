@@ -18,7 +18,7 @@ from host import eventually
 from scripted import accepted, refused
 from specimen import make_tables
 
-from versioner_agent import damage, receipts
+from versioner_agent import damage, events, receipts
 from versioner_agent.batches import INSERT_BATCH, hand_over_all
 from versioner_agent.exportfile import Writer
 from versioner_agent.importfile import ExportFile
@@ -43,12 +43,16 @@ def what_is_in(path):
 
 
 def write_receipts(host, file):
-    """What `export --receipts` does, but for the placing of the file."""
-    with contextlib.closing(Store(host.path)) as store:
-        with open(file, "wb") as stream:
-            written = receipts.write(store, stream, compressed=str(file).endswith(".gz"))
-        receipts.mark_told(store, written)
-    return written
+    """Write *file* anew; returns what the command says of it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(file)
+    return exported(host, "--receipts", file)
+
+
+def exported(host, *arguments):
+    done = host.run("export", *map(str, arguments), "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def imported(host, *files):
@@ -102,7 +106,7 @@ def test_events_of_two_hosts_are_delivered_once_each_and_a_409_comes_home(host_f
     for host in (first, second):
         for record, payload in records_in(host.path):
             assert sent[record.event_id] == payload
-    assert told.records == 9
+    assert told["records"] == 9
 
     home = first.run("import", str(tmp_path / "receipts.jsonl.gz"))
     (other,) = imported(second, tmp_path / "receipts.jsonl.gz")
@@ -117,6 +121,78 @@ def test_events_of_two_hosts_are_delivered_once_each_and_a_409_comes_home(host_f
     assert first.record(1)[0].server_id == f"evt-{first.record(1)[0].event_id}"
     (once_more,) = imported(first, tmp_path / "receipts.jsonl.gz")
     assert (once_more["unchanged"], once_more["others"]) == (6, 3)
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.long)])
+def test_a_round_trip_with_a_stick_that_got_lost(host_for, connected, tmp_path, count):
+    """Two batches, one written twice, imported twice by way of a relay: delivered once each in order, and told."""
+    origin, relay = host_for(), host_for()
+    half = count // 2
+    origin._outbox.enqueue_all(build(number) for number in range(1, half + 1))
+    first = exported(origin, tmp_path / "lost.jsonl")
+    origin._outbox.enqueue_all(build(number) for number in range(half + 1, count + 1))
+    exported(origin, tmp_path / "second.jsonl.gz")
+    os.remove(tmp_path / "lost.jsonl")
+    exported(origin, "--again", first["batch"][:8], tmp_path / "first.jsonl.gz")
+
+    imported(relay, tmp_path / "second.jsonl.gz", tmp_path / "first.jsonl.gz")
+    exported(relay, tmp_path / "relay.jsonl")
+    imported(connected, tmp_path / "relay.jsonl")
+    (again,) = imported(connected, tmp_path / "second.jsonl.gz")
+    connected.run("flush", "--timeout", "600", within=900)
+    for source, target in ((connected, relay), (relay, origin)):
+        write_receipts(source, tmp_path / "receipts.jsonl.gz")
+        (told,) = imported(target, tmp_path / "receipts.jsonl.gz")
+
+    assert again["present"] == count - half
+    assert [int(seen.event["version"]) for seen in connected.server.requests] == list(range(1, count + 1))
+    assert (told["delivered"], told["failed"]) == (count - 1, 1)
+    assert origin.counts() == relay.counts() == {"delivered": count - 1, "failed": 1}
+    (failed,) = origin.json("list", "--state", "failed")
+    assert (failed["version"], failed["reason"]) == ("3", "conflict")
+    assert origin.json("status")[0]["exports"] == {"batches": [], "held_products": 0}
+
+
+def build(number):
+    return events.validate("build", {"product_name": "payments", "version": str(number), "status": "ok"})
+
+
+def test_without_verdicts_no_receipts_are_written(origin, tmp_path):
+    for _ in range(2):
+        done = origin.run("export", "--receipts", str(tmp_path / "receipts"))
+        assert done.returncode == 0
+        assert b"no file was written" in done.stderr
+        assert os.listdir(tmp_path) == [os.path.basename(origin.directory)]
+        origin.queue("payments")
+
+
+def test_receipts_take_no_place_of_another_file(connected, tmp_path):
+    (tmp_path / "file").write_bytes(exports.file_of([exports.event()]))
+    imported(connected, tmp_path / "file")
+    connected.run("flush", "--timeout", "30")
+
+    done = connected.run("export", "--receipts", str(tmp_path / "file"))
+
+    assert done.returncode == 2
+    assert b"is there already" in done.stderr
+    assert exports.sql(connected.path, "SELECT count(*) FROM told") == [(0,)]
+    for other in (("-",), (), ("x", "--limit", "1"), ("--mark", "12345678")):
+        assert connected.run("export", "--receipts", *other).returncode == 2
+
+
+def test_verdicts_find_records_that_are_only_now_being_marked(origin, connected, tmp_path):
+    """An export that was killed behind the update by which all of it counts as exported."""
+    origin.queue("payments", 3)
+    exported(origin, tmp_path / "file")
+    exports.sql(origin.path, "UPDATE record SET state = 'pending'")
+    exports.sql(origin.path, "UPDATE export SET state = 'marking', waiting = 3, marked_to = 0")
+    imported(connected, tmp_path / "file")
+    connected.run("flush", "--timeout", "30")
+    write_receipts(connected, tmp_path / "receipts")
+
+    (done,) = imported(origin, tmp_path / "receipts")
+
+    assert (done["delivered"], done["failed"]) == (2, 1)
 
 
 def test_imported_events_are_known_by_where_they_come_from(origin, connected, tmp_path):
@@ -335,7 +411,7 @@ def test_the_first_telling_counts_for_pruning(origin, connected, tmp_path):
 
     assert [record_id for record_id, _ in before] == [1, 2]
     assert exports.sql(connected.path, "SELECT * FROM told ORDER BY record_id") == before
-    assert written.records == 3
+    assert written["records"] == 3
 
 
 def test_several_contents_in_one_call_from_stdin_too(origin, connected, host_for, tmp_path):
