@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import exports
 import pytest
@@ -20,8 +21,9 @@ from specimen import make_tables
 
 from versioner_agent import damage, events, receipts
 from versioner_agent.batches import INSERT_BATCH, hand_over_all
+from versioner_agent.errors import OutboxError
 from versioner_agent.exportfile import Writer
-from versioner_agent.importfile import ExportFile
+from versioner_agent.importfile import Changed, ExportFile
 from versioner_agent.importing import Listener, import_all
 from versioner_agent.ledger import Ledger
 from versioner_agent.records import COLUMNS, as_record, is_intact
@@ -443,6 +445,32 @@ def test_a_dry_run_checks_only(connected, tmp_path):
     assert not os.path.exists(connected.path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root steps down")
+def test_root_reads_files_with_its_own_rights_and_writes_as_the_owner(reachable, tmp_path):
+    """The stick is root's alone, the outbox lies in another user's directory; likewise for receipts."""
+    state = reachable / "state"
+    state.mkdir(mode=0o700)
+    os.chown(state, 65534, 65534)
+    (tmp_path / "file").write_bytes(exports.file_of([exports.event()]))
+    os.chmod(tmp_path / "file", 0o600)
+    os.chmod(tmp_path, 0o700)
+    path = str(state / "outbox.db")
+    env = {**os.environ, "VERSIONER_AGENT_DB": path, "VERSIONER_AGENT_CONFIG": os.devnull}
+
+    for arguments in (("import", "file"), ("export", "--receipts", "receipts"), ("import", "-")):
+        if arguments[0] == "export":
+            exports.sql(path, "UPDATE record SET state = 'delivered', settled_at = queued_at")
+        names = [str(tmp_path / each) if each in ("file", "receipts") else each for each in arguments]
+        done = subprocess.run(
+            (*COMMAND, *names), env=env, input=(tmp_path / "file").read_bytes(), capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    assert {os.stat(state / name).st_uid for name in os.listdir(state)} == {65534}
+    assert (tmp_path / "receipts").stat().st_uid == 0
+    assert exports.sql(path, "SELECT count(*) FROM told") == [(1,)]
+
+
 @pytest.mark.parametrize("kind", ["fifo", "directory", "missing", "denied"])
 def test_what_is_no_readable_file_is_named(connected, tmp_path, kind):
     path = tmp_path / "it"
@@ -481,7 +509,7 @@ def test_a_file_that_changes_while_it_is_queued_queues_nothing(connected, tmp_pa
         file.check()
         os.pwrite(stream.fileno(), b"uid 1", data.rindex(b"uid 0"))
 
-        with pytest.raises(Exception, match="changed while it was being imported"):
+        with pytest.raises(Changed, match="changed while it was being imported"):
             import_all(store, [file], Listener())
 
     assert connected.counts() == {}
@@ -500,29 +528,48 @@ def test_two_imports_at_once_queue_everything_once(connected, tmp_path):
     assert connected.counts() == {"pending": 1500}
 
 
-def test_a_batch_that_was_swept_meanwhile_is_noticed(connected, tmp_path):
-    """A clock that jumps makes it look abandoned."""
-    lines = [exports.event(number) for number in range(1, 1201)]
-    stream = (tmp_path / "file").open("w+b")
-    with stream, contextlib.closing(Store(connected.path)) as store:
-        stream.write(exports.file_of(lines))
-        file = ExportFile("the file", stream)
+def import_with(path, name, acts):
+    """Import the file *name*; before its line n, acts[n] is done."""
+    with open(name, "rb") as stream, contextlib.closing(Store(path)) as store:
+        file = ExportFile(str(name), stream)
         file.check()
         again = file.again
 
-        def swept():
+        def acting():
             for number, line in enumerate(again()):
-                if number == 700:
-                    with contextlib.closing(Store(connected.path)) as other:
-                        Ledger(other).sweep_batches(9e9)
+                acts.get(number, lambda: None)()
                 yield line
 
-        file.again = swept
+        file.again = acting
+        import_all(store, [file], Listener())
 
-        with pytest.raises(Exception, match="was swept"):
-            import_all(store, [file], Listener())
+
+def sweep(path, now):
+    with contextlib.closing(Store(path)) as store:
+        Ledger(store).sweep_batches(now)
+
+
+def test_a_batch_that_was_swept_meanwhile_is_noticed(connected, tmp_path):
+    """A clock that jumps makes it look abandoned."""
+    (tmp_path / "file").write_bytes(exports.file_of([exports.event(number) for number in range(1, 1201)]))
+
+    with pytest.raises(OutboxError, match="was swept"):
+        import_with(connected.path, tmp_path / "file", {700: lambda: sweep(connected.path, 9e9)})
 
     assert exports.sql(connected.path, "SELECT count(*) FROM record") == [(0,)]
+
+
+def test_an_import_may_take_hours(connected, tmp_path):
+    """What is being staged is not abandoned, however long ago it began."""
+    (tmp_path / "file").write_bytes(exports.file_of([exports.event(number) for number in range(1, 1201)]))
+    acts = {
+        400: lambda: exports.sql(connected.path, "UPDATE batch SET created_at = 1.0"),
+        700: lambda: sweep(connected.path, time.time()),
+    }
+
+    import_with(connected.path, tmp_path / "file", acts)
+
+    assert connected.counts() == {"pending": 1200}
 
 
 @pytest.mark.parametrize("version", [1, 2])
