@@ -17,7 +17,7 @@ import pytest
 from recipes import README, ROOT, blocks
 
 import versioner_agent
-from versioner_agent import cli, config, delivery, events, outbox, outcomes, records, steps
+from versioner_agent import cli, config, delivery, events, importing, outbox, outcomes, receipts, records, steps
 from versioner_agent.cli import _common
 from versioner_agent.cli.config import Row
 from versioner_agent.sandbox import Sandbox
@@ -85,6 +85,7 @@ def test_json_keys_are_in_readme():
     }
 
     assert set(outbox.Receipt._fields) <= rows["receipt (`enqueue`)"]
+    assert {*importing.Queued._fields, *receipts.Applied._fields} <= rows["`import`"]
     assert set(steps.Step._fields) | set(steps.Work().summary()) <= rows["`service`"]
     assert set(records._JSON_KEYS) <= rows["record (`list`, `show`)"]
     assert set(Row._fields) <= rows["setting (`config`)"]

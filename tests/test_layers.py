@@ -38,7 +38,10 @@ ALLOWED = {
     "storage": {"creation", "errors", "files", "locks", "schema"},
     "reserve": {"creation", "files", "storage"},
     "settling": {"outcomes", "policy", "records", "reserve", "storage", "text"},
-    "batches": {"storage"},
+    "batches": {"errors", "storage"},
+    "exportfile": {"records"},
+    "importlines": {"bodies", "errors", "events", "exportfile", "values"},
+    "importfile": {"bodies", "errors", "exportfile", "files", "importlines", "values"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -49,7 +52,6 @@ ALLOWED = {
         "batches", "damage", "errors", "exports", "files", "mending", "migration", "outbox", "records", "reserve",
         "settling", "schema", "storage", "text",
     },
-    "exportfile": {"records"},
     "exports": {"batches", "records", "schema", "storage"},
     "newfile": {"errors"},
     "spilling": {"config", "errors", "exporting", "flush", "opening", "storage"},
@@ -85,6 +87,14 @@ ALLOWED = {
     "workers": {"outcomes", "records"},
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"files", "ledger", "locks"},
+    "receipts": {
+        "batches", "config", "errors", "exportfile", "exports", "importfile", "importlines", "newfile", "outcomes",
+        "privileges", "records", "storage", "text",
+    },
+    "importing": {
+        "batches", "errors", "exportfile", "exports", "files", "importfile", "importlines", "integrity", "locks",
+        "migration", "opening", "outbox", "receipts", "records", "schema", "storage",
+    },
     "orphans": {"errors", "jobs", "ledger", "outbox", "text"},
     "wrapper": {"child", "errors", "events", "jobs", "outbox", "privileges", "text"},
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
@@ -128,6 +138,7 @@ PURE = (
     "pages",
     "toml_lines",
     "units",
+    "importlines",
 )
 
 

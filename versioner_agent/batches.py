@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 
+from versioner_agent.errors import OutboxError, OutboxFull
 from versioner_agent.storage import Store
 
 #: Events that one transaction takes at most: it holds the write queue for well under 100 ms.
@@ -56,6 +57,34 @@ def drop_staged(store: Store, batch: int | None, step: int = CHUNK) -> bool:
         if not connection.execute(DROP_STAGED, (batch, _fitting(connection, batch, step))).rowcount:
             connection.execute(DELETE_BATCH, (batch,))
     return True
+
+
+def hand_over_all(store: Store) -> None:
+    """Hand over what is published, as far as that goes: it is queued, and the flusher hands over what is left."""
+    try:
+        while hand_over_batch(store):
+            pass
+    except OutboxError:
+        pass
+
+
+def drop_batch(store: Store, batch: int | None) -> None:
+    """Remove a batch that was never published, as far as that goes: what stays is never sent, and swept later.
+
+    On a full disk in steps of one record, for which the journal that is there has room.
+    """
+    step = CHUNK
+    try:
+        while True:
+            try:
+                if not drop_staged(store, batch, step):
+                    return
+            except OutboxFull:
+                if step == 1:
+                    raise
+                step = 1
+    except OutboxError:
+        pass
 
 
 def _fitting(connection: sqlite3.Connection, batch: int | None, step: int) -> int:

@@ -21,7 +21,7 @@ def parse_json(data: bytes, source: str = "input") -> list[tuple[str, Any]]:
     except UnicodeDecodeError as exc:
         message = f"{source}: byte {exc.start} (0x{data[exc.start]:02x}) is not UTF-8"
         raise ValidationError([message]) from exc
-    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    decoder = strict_decoder()
     values: list[tuple[str, Any]] = []
     position = _skip_space(text, 0)
     if position == len(text):
@@ -48,6 +48,11 @@ def parse_json(data: bytes, source: str = "input") -> list[tuple[str, Any]]:
             return [(f"event {number}", value) for number, value in enumerate(only, 1)]
         return [("", only)]
     return values
+
+
+def strict_decoder() -> json.JSONDecoder:
+    """Return what reads JSON but for NaN, Infinity and duplicate keys; it raises ValueError and RecursionError."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def parse_object(text: str, name: str) -> dict[str, Any]:

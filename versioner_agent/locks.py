@@ -1,4 +1,4 @@
-"""Operating-system locks beside the outbox: the queue of writers, and who delivers.
+"""Operating-system locks beside the outbox: the queue of writers, who delivers, and who imports.
 
 The kernel frees them on any death, so nothing ever has to be rescued. Lock files are never removed (that would let two
 processes hold "the same" lock) and never opened through a symbolic link.
@@ -16,6 +16,7 @@ from versioner_agent.files import inode_of, open_beside, open_plain
 
 QUEUE_SUFFIX = ".queue"
 FLUSHER_SUFFIX = ".flusher"
+IMPORT_SUFFIX = ".import"
 
 # Bytes of the flusher file: who delivers, and whether an agent is there (delivering, or waiting for a flush to end).
 _DELIVERING = 0

@@ -23,8 +23,8 @@ from versioner_agent.batches import (
     COUNT_BATCH,
     INSERT_BATCH,
     PUBLISH_BATCH,
-    drop_staged,
-    hand_over_batch,
+    drop_batch,
+    hand_over_all,
 )
 from versioner_agent.errors import OtherDestination, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.files import FLOOR_BYTES, ROOM_BYTES
@@ -206,22 +206,7 @@ class Outbox:
                     f"this outbox delivers to {bound}, the event is meant for {destination}",
                     "use another outbox (--db) for it, or `flush --new-destination` to move this one",
                 )
-        self._check_space(connection)
-
-    def _check_space(self, connection: sqlite3.Connection) -> None:
-        """Accept nothing whose delivery there would be no room to record, should others fill the disk by then."""
-        free = self.store.free_space()
-        is_reserved = self.store.has_reserve(connection)
-        if is_reserved and free >= FLOOR_BYTES:
-            return
-        from versioner_agent import reserve  # noqa: PLC0415  # only on a full disk
-
-        if not reserve.has_room_inside(self.store, FLOOR_BYTES):
-            needed = FLOOR_BYTES if is_reserved else ROOM_BYTES
-            raise OutboxFull(
-                f"no space left for the outbox {self.store.path}: below {needed // 1024} KiB nothing new is queued",
-                "free some space, then try again",
-            )
+        check_space(self.store, connection)
 
     def _enqueue_staged(
         self, chunks: list[list[_Ready]], context: _Context, destination: Destination | None
@@ -246,22 +231,10 @@ class Outbox:
                 if connection.execute(PUBLISH_BATCH, (batch,)).rowcount != 1:
                     raise OutboxError("the batch was swept while it was being written; nothing was queued")
         except BaseException:
-            self._drop_batch(batch)
+            drop_batch(self.store, batch)
             raise
-        try:
-            while hand_over_batch(self.store):
-                pass
-        except OutboxError:
-            pass  # they are queued; the flusher hands over what is left
+        hand_over_all(self.store)
         return receipts
-
-    def _drop_batch(self, batch: int | None) -> None:
-        """Best effort: what stays staged is never sent, and the flusher sweeps it."""
-        try:
-            while drop_staged(self.store, batch):
-                pass
-        except OutboxError:
-            pass
 
     def _insert(self, connection: sqlite3.Connection, chunk: list[_Ready], context: _Context) -> list[Receipt]:
         # Ids are given by us, not by SQLite, because the digest covers them.
@@ -287,6 +260,25 @@ class Outbox:
             record_id, ready.event_id, state, kind, *names, *run, ready.content, ready.identity, occurrence,
             context.now, self.queued_by, context.batch, signed, ready.payload,
         )  # fmt: skip
+
+
+def check_space(store: Store, connection: sqlite3.Connection) -> None:
+    """Accept nothing whose delivery there would be no room to record, should others fill the disk by then.
+
+    Raises OutboxFull.
+    """
+    free = store.free_space()
+    is_reserved = store.has_reserve(connection)
+    if is_reserved and free >= FLOOR_BYTES:
+        return
+    from versioner_agent import reserve  # noqa: PLC0415  # only on a full disk
+
+    if not reserve.has_room_inside(store, FLOOR_BYTES):
+        needed = FLOOR_BYTES if is_reserved else ROOM_BYTES
+        raise OutboxFull(
+            f"no space left for the outbox {store.path}: below {needed // 1024} KiB nothing new is queued",
+            "free some space, then try again",
+        )
 
 
 def _chunks(ready: list[_Ready]) -> list[list[_Ready]]:
@@ -336,7 +328,7 @@ FIND_SAME = f"""
 FIND_NEWEST_OF_RUN = f"""
     SELECT id, event_id, identity, occurrence, state FROM record
     WHERE invoke_id = :invoke_id AND product_name = :product_name AND environment_name = :environment_name
-        AND kind = 'deployment' AND {_VISIBLE}
+        AND kind = 'deployment' AND origin IS NULL AND {_VISIBLE}
     ORDER BY id DESC LIMIT 1
 """  # noqa: S608
 

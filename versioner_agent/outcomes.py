@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from versioner_agent.text import bounded, mask_keys
 
 MAX_DETAIL_CHARS = 2000
+MAX_WORDS_CHARS = 200  # of an id, a code, a rule's name
 MAX_RETRY_AFTER_S = 3600.0
 
 #: Reasons that settle one event.
@@ -175,7 +176,7 @@ def _server_id(answer: dict[str, Any] | None) -> str | None:
     value = answer.get("id") if answer else None
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
-    return _clean(str(value)[:300], 200).strip() or None
+    return _clean(str(value)[:300], MAX_WORDS_CHARS).strip() or None
 
 
 def _refusal_words(answer: dict[str, Any] | None) -> str | None:
@@ -224,7 +225,7 @@ def _rule(answer: dict[str, Any] | None) -> dict[str, str]:
     name = details.get("rule_name") if isinstance(details, dict) else None
     found = {"code": form.get("code"), "rule": name, "retry_after": form.get("retry_after")}
     return {
-        key: _clean(str(value), 200)
+        key: _clean(str(value), MAX_WORDS_CHARS)
         for key, value in found.items()
         if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip()
     }

@@ -16,7 +16,7 @@ from versioner_agent.exports import Overview
 from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
 from versioner_agent.records import COLUMNS, Record, as_record, number, text
-from versioner_agent.schema import STATES
+from versioner_agent.schema import EXPORTS_SINCE, STATES
 from versioner_agent.storage import Store, placeholders
 
 PAGE = 500  # rows one read returns
@@ -127,6 +127,15 @@ def show(store: Store, record_id: int) -> tuple[Record, bytes, list[Attempt]] | 
         return None
     payload = row[-1] if isinstance(row[-1], bytes) else str(row[-1]).encode()
     return as_record(row[:-1]), payload, [_attempt(each) for each in attempts]
+
+
+def host_of(store: Store, record: Record) -> str | None:
+    """Return the name of the host that *record* was imported from, None where that is not known."""
+    with store.read() as connection:
+        if record.origin is None or store.version < EXPORTS_SINCE:
+            return None
+        row = connection.execute(HOST_OF, (record.origin,)).fetchone()
+    return text(row[0]) if row else None
 
 
 def _attempt(row: Sequence[Any]) -> Attempt:
@@ -250,6 +259,7 @@ PAGE_OF_STATE = f"""
     WHERE state = :state AND id < :before ORDER BY id DESC LIMIT :page
 """  # noqa: S608
 SHOW = f"SELECT {COLUMNS}, payload FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
+HOST_OF = "SELECT host FROM arrival INDEXED BY arrival_origin WHERE origin = ? ORDER BY id DESC LIMIT 1"
 FIND = f"SELECT {COLUMNS} FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
 ATTEMPTS = "SELECT at, outcome, http_status, detail, duration_s FROM attempt WHERE record_id = ? ORDER BY id"
 BY_ID = f"SELECT {COLUMNS} FROM record WHERE id IN ({{}})"  # noqa: S608  # a constant

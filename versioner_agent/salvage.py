@@ -206,6 +206,8 @@ _AGE = {state: age for age, state in enumerate(("staged", "pending", "failed", "
 
 def _true_identity(record: Record, payload: bytes) -> dict[str, bytes | None]:
     """Return `content` and `identity`, which the digest does not cover, as they must have been."""
+    if record.origin is not None:
+        return {"identity": None}  # it was imported: nothing that is queued here repeats it
     run = (record.kind, record.invoke_id, record.run_attempt)
     if isinstance(record.content, bytes) and record.identity == events.identity(*run, record.content):
         return {}

@@ -196,6 +196,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
             records INTEGER NOT NULL
         )
         """,
+        "CREATE INDEX arrival_origin ON arrival (origin, id)",
         # Imported records whose verdict was written for where they came from: only those are pruned, by this time.
         "CREATE TABLE told (record_id INTEGER PRIMARY KEY, at REAL NOT NULL)",
         "CREATE INDEX told_at ON told (at)",

@@ -35,6 +35,7 @@ COMMANDS = {
     "retry": Entry("verdicts", "retry", "Send failed records again."),
     "discard": Entry("verdicts", "discard", "Give up records for good."),
     "export": Entry("export", "export", "Write pending records to a file, for a host that reaches the API."),
+    "import": Entry("import_", "import_files", "Import what another host exported."),
     "service": Entry("service", "service", "Run the agent under systemd."),
     "doctor": Entry("doctor", "doctor", "Look for damage and say what to do."),
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),

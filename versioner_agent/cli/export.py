@@ -29,11 +29,12 @@ STDOUT = "-"
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many, the oldest first.")
 @click.option("--mark", metavar="DIGEST", help="Mark as exported what was written to stdout, by its SHA-256.")
 @click.option("--again", metavar="BATCH", help="Write a marked batch once more: a number, or its id.")
+@click.option("--receipts", is_flag=True, help="Write what became of imported records, for where they come from.")
 @settings_options()
 @json_option
 def export(
-    file: str | None, product: str | None, limit: int | None, mark: str | None, again: str | None, as_json: bool,
-    **options: Any,
+    file: str | None, product: str | None, limit: int | None, mark: str | None, again: str | None, receipts: bool,
+    as_json: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Write pending records to FILE (compressed if it ends in .gz) and mark them exported once it is synced.
 
@@ -45,6 +46,7 @@ def export(
     versioner-agent export /media/stick/events.jsonl.gz
     versioner-agent export - | ssh relay 'cat >events.jsonl'
     versioner-agent export --mark 3f0c1a2b
+    versioner-agent export --receipts /media/stick/receipts.jsonl.gz
     """
     from versioner_agent import exporting, logs  # noqa: PLC0415
 
@@ -52,6 +54,9 @@ def export(
     settings = load_settings(options)
     logs.configure(settings.log_format, "debug" if options["verbose"] else "warning")
     with ended_by_signals():
+        if receipts:
+            _refuse_with_receipts(file, product, limit, mark or again)
+            return _tell(settings, file or "", as_json=as_json)
         if mark is not None:
             return _mark(settings, mark, as_json=as_json)
         assert file is not None  # _check
@@ -79,6 +84,11 @@ def _check(
         raise UsageError("--again writes what is left of the batch; --product and --limit don't go with it")
     if file == STDOUT and (again is not None or as_json):
         raise UsageError("--again and --json don't go with `-`: stdout is for the lines", "name a file")
+
+
+def _refuse_with_receipts(file: str | None, product: str | None, limit: int | None, batch: str | None) -> None:
+    if file in (None, STDOUT) or product is not None or limit is not None or batch is not None:
+        raise UsageError("--receipts takes a file's name and no other choice: it tells all there is to tell")
 
 
 @contextmanager
@@ -112,6 +122,20 @@ def _stream(settings: Settings, product: str | None, limit: int | None) -> int:
         f"wrote {events} (batch {done.batch}, sha256 {done.sha256}); nothing is marked as exported yet", err=True
     )
     click.echo(f"once they have arrived: versioner-agent export --mark {done.sha256}", err=True)
+    return 0
+
+
+def _tell(settings: Settings, file: str, *, as_json: bool) -> int:
+    from versioner_agent import receipts  # noqa: PLC0415
+
+    done = receipts.export(settings, file)
+    if done is None:
+        click.echo("nothing that was imported has a verdict yet; no file was written", err=True)
+    elif as_json:
+        echo_json({"batch": done.batch, "file": os.path.abspath(file), "records": done.records, "sha256": done.sha256})
+    else:
+        noun = "verdict" if done.records == 1 else "verdicts"
+        echo(harmless(f"wrote {done.records} {noun} to {file} (batch {done.batch}, sha256 {done.sha256})"))
     return 0
 
 

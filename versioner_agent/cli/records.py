@@ -85,6 +85,7 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
     store = _store(options)
     try:
         found = review.show(store, record_id)
+        host = review.host_of(store, found[0]) if found else None
     finally:
         store.close()
     if found is None:
@@ -96,10 +97,10 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
         body = payload.decode("utf-8", "replace")  # a damaged record is shown as what it is
     if as_json:
         log = [{**attempt._asdict(), "at": time_json(attempt.at)} for attempt in attempts]
-        more = {"origin": record.origin, "amends": record.amends}
+        more = {"origin": record.origin, "origin_host": host, "amends": record.amends}
         echo_json({**record_json(record), **more, "payload": body, "attempt_log": log})
         return
-    for line in _whole(record, attempts, json.dumps(body, ensure_ascii=False, indent=2)):
+    for line in _whole(record, host, attempts, json.dumps(body, ensure_ascii=False, indent=2)):
         echo(line)
 
 
@@ -142,7 +143,7 @@ def _why(record: Record) -> str:
     return f"{late}{record.reason}: {record.detail or ''}".rstrip(": ")
 
 
-def _whole(record: Record, attempts: list[Attempt], body: str) -> list[str]:
+def _whole(record: Record, host: str | None, attempts: list[Attempt], body: str) -> list[str]:
     facts = [
         ("record", f"{record.id} ({record.event_id})"),
         ("state", record.state),
@@ -151,6 +152,7 @@ def _whole(record: Record, attempts: list[Attempt], body: str) -> list[str]:
         ("status", record.status),
         ("run", record.invoke_id),
         ("queued", f"{utc_time(record.queued_at)} by {record.queued_by}"),
+        ("from", f"{host or 'another host'} (outbox {record.origin})" if record.origin else None),
         ("settled", utc_time(record.settled_at) if record.settled_at else None),
         ("server id", record.server_id),
         ("why", _why(record)),
