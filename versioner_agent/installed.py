@@ -11,8 +11,8 @@ import versioner_agent
 
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({
-    "__main__", "checkout", "child", "ci", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine",
-    "privileges", "program", "removal", "sandbox", "service", "service_key", "shipped", "sources", "steps", "units",
+    "__main__", "amending", "checkout", "child", "ci", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine",
+    "privileges", "program", "removal", "repair", "sandbox", "service", "service_key", "shipped", "sources", "steps", "units",
     "waiting", "wrapper",
 })  # fmt: skip
 #: What the standard library and ours load when they are first needed.
