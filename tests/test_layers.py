@@ -56,8 +56,8 @@ ALLOWED = {
     "groups": {"cursors", "filters", "records", "schema", "storage"},
     "repair": {"filters", "records", "review", "selecting", "storage"},
     "amending": {
-        "errors", "events", "filters", "integrity", "outbox", "records", "review", "schema", "selecting", "storage",
-        "cursors", "values",
+        "bodies", "cursors", "errors", "events", "filters", "integrity", "outbox", "records", "review", "schema",
+        "selecting", "storage", "values",
     },
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),

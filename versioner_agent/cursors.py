@@ -39,22 +39,21 @@ class Step(NamedTuple):
 
 
 def old_schema() -> OutboxError:
-    """Say that the outbox is of an earlier version."""
+    """Say that the outbox has no tables for this yet."""
     return OutboxError(
         "the outbox is still one of an earlier version of versioner-agent",
-        "restart the agent (or run `versioner-agent flush`), which upgrades it",
+        "restart the agent, which upgrades it; where there is none, let `versioner-agent run` do it",
     )
 
 
 def unseen(store: Store, name: str, wanted: Filter, limit: int | None = None) -> Iterator[Step]:
-    """Yield what the cursor *name* has not seen of the failed records that are *wanted*, at most *limit* of them.
+    """Yield what the cursor *name*, which is held, has not seen of the failed records that are *wanted*.
 
-    What has been retried, discarded or pruned since is passed over, and so is an earlier failure of a record that has
-    failed again. Nothing is locked between steps. Raises OutboxError.
+    At most *limit* of them; what *wanted* leaves out counts as seen. What has been retried, discarded or pruned since
+    is passed over, and so is an earlier failure of a record that has failed again. Nothing is locked between steps.
+    Raises OutboxError.
     """
     with store.read() as connection:
-        if store.version < EXPORTS_SINCE:
-            raise old_schema()
         row = connection.execute("SELECT seq FROM cursor WHERE name = ?", (name,)).fetchone()
     seq = row[0] if row else 0
     left = limit
@@ -79,9 +78,15 @@ def move(store: Store, name: str, seq: int) -> None:
 
 @contextmanager
 def held(store: Store, name: str) -> Iterator[None]:
-    """Let nobody else read by the cursor *name* for the block; raises OutboxBusy after `busy_timeout` seconds."""
+    """Let nobody else read by the cursor *name* for the block.
+
+    Raises OutboxBusy after `busy_timeout` seconds, OutboxMissing, OutboxError where the outbox has no cursors yet.
+    """
     import fcntl  # noqa: PLC0415  # POSIX only
 
+    with store.read():
+        if store.version < EXPORTS_SINCE:
+            raise old_schema()
     path = store.path + CURSORS_SUFFIX
     at = int.from_bytes(hash_of(name.encode())[:6], "big")
     request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)

@@ -26,6 +26,15 @@ Act = Callable[[sqlite3.Connection, int], Verdict]
 Objection = Callable[[sqlite3.Connection, Record], Verdict | None]
 
 
+class Way(NamedTuple):
+    """What can be done with records that a filter means."""
+
+    do: Act
+    objection: Objection
+    verb: str
+    done: str  # the outcome where it was
+
+
 class Part(NamedTuple):
     """What a plan says of the records of one product, version, reason and state."""
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "show": Entry("records", "show", "Show one record with its payload and attempts."),
     "retry": Entry("verdicts", "retry", "Send failed records again."),
     "discard": Entry("verdicts", "discard", "Give up records for good."),
+    "amend": Entry("amend", "amend", "Queue corrected copies of failed records."),
     "service": Entry("service", "service", "Run the agent under systemd."),
     "doctor": Entry("doctor", "doctor", "Look for damage and say what to do."),
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),
