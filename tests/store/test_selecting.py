@@ -28,7 +28,9 @@ def filled(outbox):
     """Two hundred records of all states, products, versions, reasons and times, with gaps between their ids."""
     dice = random.Random(SEED)
     outbox.enqueue("build", {"product_name": "p", "version": "v", "status": "ok"})
-    row_of = "UPDATE record SET state = ?, product_name = ?, version = ?, reason = ?, late = ?, queued_at = ? WHERE id = ?"
+    row_of = (
+        "UPDATE record SET state = ?, product_name = ?, version = ?, reason = ?, late = ?, queued_at = ? WHERE id = ?"
+    )
     for number in range(200):
         record_id = outbox.enqueue("build", {"product_name": "p", "version": str(number), "status": "ok"}).id
         state = dice.choice([*STATES, "staged"])

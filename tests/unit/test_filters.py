@@ -41,17 +41,12 @@ def test_a_date_is_its_midnight_here(monkeypatch):
 
 @pytest.mark.parametrize(
     "words",
-    ["", "yesterday", "7", "-7d", "7 d", "1e3h", "2026-11-06T15:30:00", "2026-13-01", "2026-11-06T25:00:00Z", "٧d", "2026-W01-1",
-     "0001-01-01", "9" * 30 + "d", "2026-11-06\n"],
+    ["", "yesterday", "7", "-7d", "7 d", "1e3h", "2026-11-06T15:30:00", "2026-13-01", "2026-11-06T25:00:00Z", "\u0667d",
+     "2026-W01-1", "9" * 30 + "d", "2026-11-06\n"],
 )  # fmt: skip
 def test_anything_else_is_no_moment(words):
-    try:
-        found = moment(words, NOW)
-    except ValueError as exc:
-        assert "24h" in str(exc)
-    else:
-        assert words == "0001-01-01"
-        assert found < 0
+    with pytest.raises(ValueError, match="24h"):
+        moment(words, NOW)
 
 
 def test_every_reason_that_records_have_can_be_asked_for():
