@@ -23,7 +23,7 @@ from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import STATE_OF
 from versioner_agent.policy import Counters, Limits, Pace, decide
 from versioner_agent.records import Record, is_intact
-from versioner_agent.reports import log_destination, log_settlement
+from versioner_agent.reports import log_destination, log_failure, log_settlement
 from versioner_agent.settling import Settlement
 from versioner_agent.workers import Answer, Sender, Workers
 
@@ -120,7 +120,8 @@ class Flusher:
     def run(self, is_done: Callable[[], bool]) -> None:
         """Deliver until *is_done*, which is asked at least every POLL_S seconds."""
         while not is_done():
-            self._wait(self.step(time.monotonic()))
+            due = self.step(time.monotonic())
+            self._take(max(0.0, due - time.monotonic()))
 
     def step(self, now: float) -> float:
         """Settle what arrived, send what may be sent; returns when to come again at the latest (monotonic seconds)."""
@@ -201,9 +202,6 @@ class Flusher:
 
     # --- waiting and noticing
 
-    def _wait(self, until: float) -> None:
-        self._take(max(0.0, until - time.monotonic()))
-
     def _take(self, timeout: float) -> None:
         try:
             answer = self._inbox.get(timeout=timeout) if timeout > 0 else self._inbox.get_nowait()
@@ -244,7 +242,7 @@ class Flusher:
                 return
             record, payload = found
             if not is_intact(record, payload):
-                self._condemn(record)
+                self._condemn(record, payload)
                 condemned += 1
                 continue
             self._busy.add(record.product_name)
@@ -252,13 +250,13 @@ class Flusher:
         if condemned:
             self.wake()  # there may be many, and a sign of life may be due between them
 
-    def _condemn(self, record: Record) -> None:
+    def _condemn(self, record: Record, payload: bytes) -> None:
         detail = "the record's digest does not fit: its content was altered on the disk; it was not sent"
         self._ledger.condemn(record, detail, time.time())
         self._chooser.make_ready(record.product_name)
-        extra = {"action": "damaged", "record": record.id}
-        logger.error("record %d is damaged and was not sent", record.id, extra=extra)
-        self._on_failed(record._replace(state="failed", reason="damaged", detail=detail))
+        failed = record._replace(state="failed", reason="damaged", detail=detail)
+        log_failure(failed, payload)
+        self._on_failed(failed)
 
     # --- settling
 
@@ -296,7 +294,7 @@ class Flusher:
             log_destination(health, self._here)
 
     def _judge(self, answer: Answer, now: float) -> Settlement:
-        record, outcome, at, duration_s = answer
+        record, outcome, at, duration_s, payload = answer
         if outcome.is_verdict and outcome.server_time is not None:
             self._server_ahead_s = outcome.server_time - now
             if abs(at - outcome.server_time) > MAX_CLOCK_SKEW_S:
@@ -322,7 +320,7 @@ class Flusher:
             self._pace.forget(record.product_name)
         elif self._pace.failed(record.product_name, outcome, now, self._roll(), duration_s):
             self._chooser.look_again()
-        return Settlement(record, outcome, decision, at, duration_s)
+        return Settlement(record, outcome, decision, at, duration_s, payload)
 
     def _health_after(self, settlements: list[Settlement], now: float) -> Health:
         """Return the destination's state; one failing event among healthy ones does not make it bad."""

@@ -61,7 +61,9 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "message": mask_keys(record.getMessage()),
         }
-        line |= {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
+        added = {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
+        added |= getattr(record, "fields", {})
+        line |= {name: mask_keys(value) if isinstance(value, str) else value for name, value in added.items()}
         return json_line(line, sys.stderr)
 
 

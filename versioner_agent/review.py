@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from versioner_agent import exports
+from versioner_agent import exports, selecting
 from versioner_agent.damage import Damage, noted
 from versioner_agent.exports import Overview
+from versioner_agent.filters import Filter
 from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
 from versioner_agent.records import COLUMNS, Record, as_record, number, text
@@ -102,20 +103,7 @@ def select(
     store: Store, *, state: str | None = None, product: str | None = None, limit: int | None = None
 ) -> Iterator[list[Record]]:
     """Yield pages of records, the newest first; nothing is locked between pages."""
-    before: int = 2**63 - 1
-    left = limit
-    while left is None or left > 0:
-        with store.read() as connection:
-            query = PAGE_OF_STATE if state else PAGE_OF_ALL
-            rows = connection.execute(query, {"state": state, "before": before, "page": PAGE}).fetchall()
-        if not rows:
-            return
-        before = rows[-1][0]
-        found = [as_record(row) for row in rows if product is None or row[4] == product][:left]
-        if found:
-            yield found
-        if left is not None:
-            left -= len(found)
+    return selecting.select(store, Filter(state, product), limit=limit, page=PAGE)
 
 
 def show(store: Store, record_id: int) -> tuple[Record, bytes, list[Attempt]] | None:
@@ -181,7 +169,7 @@ def retry(store: Store, ids: list[int], *, out_of_order: bool = False) -> list[V
     verdicts = []
     for record_id in ids:
         with store.write() as connection:
-            verdicts.append(_retry(connection, record_id, out_of_order=out_of_order))
+            verdicts.append(retry_one(connection, record_id, out_of_order=out_of_order))
     return verdicts
 
 
@@ -190,45 +178,80 @@ def discard(store: Store, ids: list[int], *, pending_too: bool = False) -> list[
     verdicts = []
     for record_id in ids:
         with store.write() as connection:
-            verdicts.append(_discard(connection, record_id, pending_too=pending_too))
+            verdicts.append(discard_one(connection, record_id, pending_too=pending_too))
     return verdicts
 
 
-def _retry(connection: sqlite3.Connection, record_id: int, *, out_of_order: bool) -> Verdict:
-    row = connection.execute(FIND, (record_id,)).fetchone()
-    if row is None:
+def find(connection: sqlite3.Connection, ids: Sequence[int]) -> list[Record]:
+    """Return those of a few records that there are, in the order of their ids."""
+    rows = connection.execute(FIND.format(placeholders(list(ids))), tuple(ids)).fetchall()
+    return [as_record(row) for row in rows]
+
+
+def retry_one(connection: sqlite3.Connection, record_id: int, *, out_of_order: bool) -> Verdict:
+    """Make one record pending again, inside a transaction of the caller's."""
+    found = find(connection, [record_id])
+    if not found:
         return Verdict(record_id, "not_found", "there is no such record")
-    record = as_record(row)
+    against = retry_objection(connection, found[0], out_of_order=out_of_order)
+    if against is None:
+        connection.execute(RETRY, (record_id,))
+    return against or Verdict(record_id, "retried", EXPORTED_TOO if found[0].state == "exported" else "")
+
+
+def retry_objection(connection: sqlite3.Connection, record: Record, *, out_of_order: bool) -> Verdict | None:
+    """Return why *record* is not to be retried, None where nothing stands against it."""
     if record.state not in ("failed", "exported"):
-        return Verdict(record_id, "refused", f"it is {record.state}; only failed and exported ones are retried")
+        return Verdict(record.id, "refused", f"it is {record.state}; only failed and exported ones are retried")
     if record.reason == "damaged":
-        return Verdict(record_id, "refused", "its content is damaged and will not be sent; queue the event again")
+        return Verdict(record.id, "refused", "its content is damaged and will not be sent; queue the event again")
     if record.identity is not None:
         again = connection.execute(QUEUED_AGAIN, (record.identity, record.id, *LIVE_STATES)).fetchone()
         if again:
-            return Verdict(record_id, "superseded", f"the same event was queued again as {again[0]}")
-    if record.invoke_id is not None and not out_of_order:
-        named = (record.invoke_id, record.product_name, record.environment_name, record.kind, record.id)
-        after = connection.execute(DELIVERED_AFTER, named).fetchone()
-        if after:
-            return Verdict(
-                record_id, "out_of_order", f"{after[0]} of the same run was delivered since; --out-of-order sends it"
-            )
-    connection.execute(RETRY, (record_id,))
-    return Verdict(record_id, "retried", EXPORTED_TOO if record.state == "exported" else "")
+            return Verdict(record.id, "superseded", f"the same event was queued again as {again[0]}")
+    after = None if out_of_order else overtaken_by(connection, record)
+    if after is not None:
+        words = f"{after} of the same run was delivered since; --out-of-order sends it"
+        return Verdict(record.id, "out_of_order", words)
+    return None
 
 
-def _discard(connection: sqlite3.Connection, record_id: int, *, pending_too: bool) -> Verdict:
-    row = connection.execute(FIND, (record_id,)).fetchone()
-    if row is None:
+def overtaken_by(connection: sqlite3.Connection, record: Record) -> int | None:
+    """Return a later record of the run, product and environment of *record* that was delivered; None without one."""
+    if record.invoke_id is None:
+        return None
+    named = (record.invoke_id, record.product_name, record.environment_name, record.kind, record.id)
+    row = connection.execute(DELIVERED_AFTER, named).fetchone()
+    return int(row[0]) if row else None
+
+
+def discard_one(connection: sqlite3.Connection, record_id: int, *, pending_too: bool) -> Verdict:
+    """Discard one record, inside a transaction of the caller's."""
+    found = find(connection, [record_id])
+    if not found:
         return Verdict(record_id, "not_found", "there is no such record")
-    record = as_record(row)
+    against = discard_objection(found[0], pending_too=pending_too)
+    if against is None:
+        connection.execute(DISCARD, (time.time(), record_id))
+    return against or Verdict(record_id, "discarded")
+
+
+def discard_objection(record: Record, *, pending_too: bool) -> Verdict | None:
+    """Return why *record* is not to be discarded, None where nothing stands against it."""
     if record.state == "pending" and not pending_too:
-        return Verdict(record_id, "refused", "it is pending and will still be delivered; --yes discards it")
+        return Verdict(record.id, "refused", "it is pending and will still be delivered; --yes discards it")
     if record.state not in ("pending", "failed", "exported"):
-        return Verdict(record_id, "refused", f"it is {record.state}")
-    connection.execute(DISCARD, (time.time(), record_id))
-    return Verdict(record_id, "discarded")
+        return Verdict(record.id, "refused", f"it is {record.state}")
+    return None
+
+
+def amended_by(store: Store, record_id: int) -> int | None:
+    """Return the corrected copy of a record; None without one, or where an outbox of old schema can't tell."""
+    with store.read() as connection:
+        if store.version < EXPORTS_SINCE:
+            return None
+        row = connection.execute(AMENDED_BY, (record_id,)).fetchone()
+    return int(row[0]) if row else None
 
 
 EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
@@ -251,16 +274,10 @@ DESTINATION_ROW = """
     SELECT origin, account, state, reason, since, next_attempt_at, retry_at, last_delivered_at
     FROM destination WHERE id = 1
 """
-PAGE_OF_ALL = f"""
-    SELECT {COLUMNS} FROM record WHERE id < :before AND state <> 'staged' ORDER BY id DESC LIMIT :page
-"""  # noqa: S608
-PAGE_OF_STATE = f"""
-    SELECT {COLUMNS} FROM record INDEXED BY record_state
-    WHERE state = :state AND id < :before ORDER BY id DESC LIMIT :page
-"""  # noqa: S608
 SHOW = f"SELECT {COLUMNS}, payload FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
 HOST_OF = "SELECT host FROM arrival INDEXED BY arrival_origin WHERE origin = ? ORDER BY id DESC LIMIT 1"
-FIND = f"SELECT {COLUMNS} FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
+FIND = f"SELECT {COLUMNS} FROM record WHERE id IN ({{}}) AND state <> 'staged' ORDER BY id"  # noqa: S608
+AMENDED_BY = "SELECT id FROM record INDEXED BY record_amends WHERE amends = ? LIMIT 1"
 ATTEMPTS = "SELECT at, outcome, http_status, detail, duration_s FROM attempt WHERE record_id = ? ORDER BY id"
 BY_ID = f"SELECT {COLUMNS} FROM record WHERE id IN ({{}})"  # noqa: S608  # a constant
 FIRST_PENDING = f"""

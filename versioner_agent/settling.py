@@ -27,6 +27,7 @@ class Settlement(NamedTuple):
     decision: Decision
     at: float  # when the answer came, seconds since 1970
     duration_s: float
+    payload: bytes = b""
 
     @property
     def settled(self) -> Record:
@@ -36,13 +37,17 @@ class Settlement(NamedTuple):
             reason=self.decision.reason,
             detail=self.decision.detail,
             code=self.outcome.code,
+            rule=self.outcome.rule,
+            retry_after=self.outcome.retry_after,
+            late=int(self.decision.is_late),
+            http_status=self.outcome.http_status,
             settled_at=self.at,
         )
 
 
 def write(connection: sqlite3.Connection, settlement: Settlement) -> None:
     """Write the decision and add the attempt to the record's log."""
-    record, outcome, _, at, duration_s = settlement
+    record, outcome, _, at, duration_s, _ = settlement
     connection.execute(SETTLE, _named(settlement))
     connection.execute(
         INSERT_ATTEMPT,
@@ -82,7 +87,7 @@ def _repack(connection: sqlite3.Connection, record_id: int) -> None:
 
 
 def _named(settlement: Settlement) -> dict[str, Any]:
-    record, outcome, decision, at, _ = settlement
+    record, outcome, decision, at, *_ = settlement
     is_settled = decision.state != "pending"
     return {
         "id": record.id,

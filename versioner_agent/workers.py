@@ -25,6 +25,7 @@ class Answer(NamedTuple):
     outcome: Outcome
     at: float
     duration_s: float
+    payload: bytes
 
 
 class Workers:
@@ -59,4 +60,4 @@ class Workers:
                 outcome = sender.send(record.kind, payload, record.idempotency_key)
             except Exception as exc:  # noqa: BLE001  # an answer must come back, or its key would wait for ever
                 outcome = no_answer(f"internal error while sending: {type(exc).__name__}")
-            self._inbox.put(Answer(record, outcome, time.time(), time.monotonic() - started))
+            self._inbox.put(Answer(record, outcome, time.time(), time.monotonic() - started, payload))

@@ -35,7 +35,7 @@ def test_help_imports_no_command(host_for):
 def test_help_lists_every_command_in_order(cli):
     out = cli("--help").out
 
-    places = [out.index(f"  {name} ") for name in COMMANDS]
+    places = [out.index(f"\n  {name} ") for name in COMMANDS]
     assert places == sorted(places)
     assert all(entry.summary in out for entry in COMMANDS.values())
 

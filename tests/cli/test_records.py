@@ -68,7 +68,9 @@ def test_show_json_adds_payload_and_attempts(cli, outbox):
 
     (found,) = lines(cli("show", "1", "--json"))
 
-    assert list(found) == [*RECORD_KEYS, "origin", "amends", "payload", "attempt_log"]
+    assert list(found) == [
+        *RECORD_KEYS, "origin", "origin_host", "amends", "amended_by", "payload", "attempt_log"
+    ]  # fmt: skip
     assert found["payload"]["product_name"] == "payments"
     assert [list(each) for each in found["attempt_log"]] == [["at", "outcome", "http_status", "detail", "duration_s"]]
     assert found["attempt_log"][0]["at"].endswith("Z")

@@ -15,6 +15,7 @@ KEYS = {
     "oldest_pending_age_s": None,
     "last_delivered_at": None,
     "last_failure": None,
+    "failures": None,
     "held": None,
     "exports": ["batches", "held_products"],
     "damage": None,

@@ -80,7 +80,7 @@ def test_a_refusal_has_the_apis_words_and_the_next_action(said, serve, deploymen
     assert code == 4
     assert err.splitlines() == [
         f"refused 1: {WHAT}: invalid: no such environment",
-        "  next: correct the event and queue it again",
+        "  next: `versioner-agent amend 1 --set …` queues it corrected",
     ]
 
 

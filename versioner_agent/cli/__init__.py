@@ -34,6 +34,7 @@ COMMANDS = {
     "show": Entry("records", "show", "Show one record with its payload and attempts."),
     "retry": Entry("verdicts", "retry", "Send failed records again."),
     "discard": Entry("verdicts", "discard", "Give up records for good."),
+    "amend": Entry("amend", "amend", "Queue corrected copies of failed records."),
     "export": Entry("export", "export", "Write pending records to a file, for a host that reaches the API."),
     "import": Entry("import_", "import_files", "Import what another host exported."),
     "service": Entry("service", "service", "Run the agent under systemd."),

@@ -291,7 +291,7 @@ def open_outbox(settings: Settings) -> Outbox:
         from versioner_agent.creation import make_private_directory  # noqa: PLC0415  # once in a user's life
 
         make_private_directory(settings.db)
-    return Outbox(settings.db, busy_timeout=settings.busy_timeout, queued_by=_user())
+    return Outbox(settings.db, busy_timeout=settings.busy_timeout, queued_by=user())
 
 
 def _wants_best_effort(options: Mapping[str, Any]) -> bool:
@@ -343,7 +343,7 @@ def _show(receipts: list[Receipt], *, as_json: bool) -> None:
         click.echo(f"{word} {receipt.id}: {what}")
 
 
-def _user() -> str:
+def user() -> str:
     """Say who queues, without asking a directory service that may hang."""
     name = os.environ.get("LOGNAME") or os.environ.get("USER")
     return f"{name[:64]} (uid {os.getuid()})" if name and name.isprintable() else f"uid {os.getuid()}"

@@ -30,8 +30,8 @@ _RULES = {
 }
 #: What a person does about another refusal, by its reason.
 _REFUSALS = {
-    "conflict": "correct the event and queue it again: versions are immutable",
-    "invalid": "correct the event and queue it again",
+    "conflict": "`versioner-agent amend {id} --set …` queues it corrected: versions are immutable",
+    "invalid": "`versioner-agent amend {id} --set …` queues it corrected",
     "gave_up": "`versioner-agent retry {id}` sends it again",
     "damaged": "queue it again; `versioner-agent doctor` looks at the outbox",
 }

@@ -18,16 +18,20 @@ from versioner_agent.cli._common import (
     step_down_for,
     styled,
 )
+from versioner_agent.cli._failures import group_line
 from versioner_agent.exports import BATCHES_SHOWN, PRODUCTS_COUNTED
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
     from versioner_agent.config import Settings
+    from versioner_agent.groups import Summary
     from versioner_agent.locks import Presence
     from versioner_agent.review import Stats
 
 HELD_LINES = 10
 BATCH_LINES = 10
+GROUPS = 20  # of failures, in JSON
+GROUP_LINES = 5
 
 
 @click.command()
@@ -40,7 +44,7 @@ def status(as_json: bool, **options: Any) -> None:
     versioner-agent status
     versioner-agent status --json
     """
-    from versioner_agent import review  # noqa: PLC0415
+    from versioner_agent import groups, review  # noqa: PLC0415
     from versioner_agent.locks import FlusherLock  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
 
@@ -51,14 +55,16 @@ def status(as_json: bool, **options: Any) -> None:
     presence = FlusherLock(store.path).presence()
     try:
         stats = review.stats(store)
+        failures = groups.summary(store, GROUPS)
     except OutboxMissing:
         stats = review.EMPTY
+        failures = groups.Summary([], 0, is_cut=False)
     finally:
         store.close()
     if as_json:
-        echo_json(_json(store.path, stats, presence, settings.api_url))
+        echo_json(_json(store.path, stats, failures, presence, settings.api_url))
     else:
-        for line in _lines(store.path, stats, presence, settings.api_url):
+        for line in _lines(store.path, stats, failures, presence, settings.api_url):
             echo(line)
     if warning:
         click.echo(printable(f"warning: {warning}"), err=True)
@@ -86,8 +92,9 @@ def _stranded(settings: Settings) -> str:
     return f"{wait} in your own outbox; with a key, `versioner-agent flush --db {own}` delivers"
 
 
-def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str, Any]:
+def _json(path: str, stats: Stats, failures: Summary, presence: Presence, api_url: str) -> dict[str, Any]:
     from versioner_agent.damage import damage_json  # noqa: PLC0415
+    from versioner_agent.groups import group_json  # noqa: PLC0415
     from versioner_agent.records import time_json  # noqa: PLC0415
 
     now = time.time()
@@ -101,6 +108,7 @@ def _json(path: str, stats: Stats, presence: Presence, api_url: str) -> dict[str
         "last_failure": None
         if failure is None
         else {key: getattr(failure, key) for key in ("id", "product_name", "version", "reason", "detail")},
+        "failures": [group_json(group) for group in failures.groups],
         "held": [
             {"product_name": held.product_name, "id": held.id, "since": time_json(held.since), "reason": held.reason}
             for held in stats.held
@@ -137,7 +145,7 @@ def _exports_json(stats: Stats, now: float) -> dict[str, Any]:
     return {"batches": batches, "held_products": stats.exports.held_products}
 
 
-def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[str]:
+def _lines(path: str, stats: Stats, failures: Summary, presence: Presence, api_url: str) -> list[str]:
     from versioner_agent.text import age  # noqa: PLC0415
 
     now = time.time()
@@ -158,6 +166,8 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
         if count or state in ("pending", "delivered", "failed"):
             name = styled(state, 11) if count else state.ljust(11)
             lines.append(f"{name}  {count:<6}  {notes.get(state, '')}".rstrip())
+        if state == "failed":
+            lines += [f"{' ' * 13}{line}" for line in _failure_lines(failures)]
     lines += _batch_lines(stats, now)
     lines += _destination_lines(stats, api_url, now)
     if presence.has_agent:
@@ -200,6 +210,15 @@ def _batch_lines(stats: Stats, now: float) -> list[str]:
     ]
     if len(batches) > BATCH_LINES:
         lines.append(f"             and more: {len(batches) - BATCH_LINES} other batches at least")
+    return lines
+
+
+def _failure_lines(failures: Summary) -> list[str]:
+    lines = [group_line(group) for group in failures.groups[:GROUP_LINES]]
+    left = failures.left + len(failures.groups) - len(lines)
+    if left or failures.is_cut:
+        or_more = " or more" if failures.is_cut else ""
+        lines.append(f"… and {left}{or_more} groups: `versioner-agent list --groups`")
     return lines
 
 

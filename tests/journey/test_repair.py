@@ -1,0 +1,126 @@
+"""From a refusal to its repair, with a real API and a real agent: told in one line of the log, corrected, delivered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from host import eventually
+from scripted import accepted, answer, refused
+
+from versioner_agent.sandbox import Sandbox
+
+RULE = {
+    "error": "deployment_blocked",
+    "message": "Deployments are frozen\n2026-01-01T00:00:00Z error: forged",
+    "code": "NO_DEPLOY_WINDOW",
+    "retry_after": "2030-01-07T00:00:00Z",
+    "details": {"rule_name": "Friday [freeze] code=none"},
+}
+
+
+def line_of(host, word):
+    """The one line of the log that begins with *word* behind time and level."""
+    found = [line for line in host.said().decode().splitlines() if f" error: {word}" in line]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_a_409_is_told_corrected_and_delivered(host_for):
+    with Sandbox() as sandbox:
+        host = host_for(sandbox.url)
+        host.queue("pay", scm_sha="abc", build_url="https://ci/1")
+        agent = host.agent()
+        eventually(lambda: host.counts() == {"delivered": 1})
+        host.queue("pay", scm_sha="fff", invoke_id="run 7", build_url="https://ci/2")
+        eventually(lambda: host.counts().get("failed") == 1)
+        eventually(lambda: "refused 2" in host.said().decode())
+        told = line_of(host, "refused 2: build pay 1 completed: conflict: ")
+        for words in ('invoke_id="run 7"', "http_status=409", "build_url=https://ci/2", "queued_by="):
+            assert words in told
+        assert "environment=" not in told
+
+        assert host.json("list", "--new", "mail")[0]["id"] == 2
+        assert host.run("amend", "2", "--set", "version=2").returncode == 0
+        (amended,) = host.json("amend", "2", "--set", "version=2", "--yes")
+        assert amended["amended_by"] == 3
+        eventually(lambda: host.counts() == {"delivered": 2, "discarded": 1})
+        assert host.end(agent) == 0
+        assert [(each["payload"]["version"], each["payload"]["scm_sha"]) for each in sandbox.events] == [
+            ("1", "abc"),
+            ("2", "fff"),
+        ]
+        assert sandbox.events[1]["payload"]["completed_at"] == json.loads(host.record(2)[1])["completed_at"]
+        assert host.json("list", "--new", "mail") == []
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_failure_is_one_line_whatever_it_holds(host_for, serve, log_format):
+    server = serve(lambda seen: answer(409, RULE) if seen.product != "good" else accepted())
+    host = host_for(server.url)
+    host.queue("pay\nforged", environment_name="prod] code=X", status="started", deploy_url="https://d/1")
+    host.queue("good")
+    host.agent(VERSIONER_AGENT_LOG_FORMAT=log_format)
+    eventually(lambda: host.counts() == {"failed": 1, "delivered": 1} and b"Friday" in host.said())
+    (told,) = [line for line in host.said().decode().splitlines() if "Friday" in line]
+
+    if log_format == "json":
+        line = json.loads(told)
+        record = host.json("show", "1")[0]
+        assert line["level"] == "error"
+        assert line["action"] == "failed"
+        assert line["queued_at"] == record["queued_at"]
+        for key in (
+            "event_id",
+            "kind",
+            "version",
+            "status",
+            "queued_by",
+            "http_status",
+            "reason",
+            "code",
+            "rule",
+            "retry_after",
+            "detail",
+        ):
+            assert line[key] == record[key], key
+        assert (line["record"], line["product"], line["environment"]) == (1, "pay\nforged", "prod] code=X")
+        assert line["build_url"] == "https://d/1"
+        assert "invoke_id" not in line
+    else:
+        assert "refused 1: deployment pay\\nforged 1 started: blocked: " in told
+        assert 'environment="prod] code=X"' in told
+        assert 'rule="Friday [freeze] code=none"' in told
+        assert "code=NO_DEPLOY_WINDOW" in told
+
+
+def test_an_altered_record_is_told_with_its_fields(host_for, serve):
+    host = host_for(serve().url)
+    (record_id,) = host.queue("pay", build_url="https://ci/9")
+    with host._outbox.store.write() as connection:
+        connection.execute("UPDATE record SET queued_by = 'eve', version = 'altered' WHERE id = ?", (record_id,))
+    host.agent()
+    eventually(lambda: host.counts() == {"failed": 1} and b"damaged 1" in host.said())
+    told = line_of(host, "damaged 1: build pay altered completed: damaged: ")
+
+    assert "queued_by=eve" in told
+    assert "build_url=https://ci/9" in told
+
+
+def test_only_what_is_corrected_is_sent_again(host_for, serve):
+    """Late, others' and delivered events stay as they are; the plan of a repair touches nothing."""
+    server = serve(lambda seen: refused(422, "no such product") if seen.product == "pya" else accepted())
+    host = host_for(server.url)
+    host.queue("pya", 3)
+    host.queue("pay", 2)
+    assert host.run("flush").returncode == 4
+    host.run("retry", "--product", "pya")
+    host.run("discard", "--product", "pya")
+    host.run("amend", "--product", "pya", "--set", "product_name=pay")
+    assert host.counts() == {"failed": 3, "delivered": 2}
+
+    host.json("amend", "--product", "pya", "--reason", "invalid", "--set", "product_name=pay", "--yes")
+    assert host.run("flush").returncode == 0
+    assert host.counts() == {"delivered": 5, "discarded": 3}
+    assert [each.event["version"] for each in server.requests if each.product == "pay"] == ["1", "2", "1", "2", "3"]
+    assert len({each.key for each in server.requests}) == 8

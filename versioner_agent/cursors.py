@@ -1,0 +1,125 @@
+"""Failures told once to each cursor, the oldest first: what `list --new NAME` reads, and how far it has got.
+
+A failure has a number that grows with each of them (see `schema`), whatever the clock says. A cursor is moved after its
+failures were written out, so that one that is killed tells them again and loses none. An OS lock keeps two runs of one
+cursor apart.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from versioner_agent.errors import OutboxBusy, OutboxError
+from versioner_agent.files import open_beside, unusable
+from versioner_agent.filters import Filter
+from versioner_agent.integrity import hash_of
+from versioner_agent.records import Record, as_record
+from versioner_agent.schema import EXPORTS_SINCE
+from versioner_agent.storage import Store
+
+PAGE = 500  # failures one read looks at
+POLL_S = 0.05
+#: The file of the locks: each name has a byte of it, so that cursors don't wait for each other.
+CURSORS_SUFFIX = ".cursors"
+MAX_NAME_CHARS = 100
+# struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
+_FLOCK = "hhqqi4x"
+
+
+class Step(NamedTuple):
+    """Failures that a cursor has not seen, and where it stands once they were told."""
+
+    records: list[Record]
+    seq: int
+
+
+def old_schema() -> OutboxError:
+    """Say that the outbox has no tables for this yet."""
+    return OutboxError(
+        "the outbox is still one of an earlier version of versioner-agent",
+        "restart the agent, which upgrades it; where there is none, let `versioner-agent run` do it",
+    )
+
+
+def unseen(store: Store, name: str, wanted: Filter, limit: int | None = None) -> Iterator[Step]:
+    """Yield what the cursor *name*, which is held, has not seen of the failed records that are *wanted*.
+
+    At most *limit* of them; what *wanted* leaves out counts as seen. What has been retried, discarded or pruned since
+    is passed over, and so is an earlier failure of a record that has failed again. Nothing is locked between steps.
+    Raises OutboxError.
+    """
+    with store.read() as connection:
+        row = connection.execute("SELECT seq FROM cursor WHERE name = ?", (name,)).fetchone()
+    seq = row[0] if row else 0
+    left = limit
+    while left is None or left > 0:
+        with store.read() as connection:
+            bounds = connection.execute(WINDOW, (seq, PAGE)).fetchall()
+            rows = connection.execute(FAILURES, (seq, bounds[-1][0])).fetchall() if bounds else []
+        if not bounds:
+            return
+        found = [(row[0], record) for row in rows if wanted.matches(record := as_record(row[1:]))][:left]
+        is_cut = left is not None and len(found) == left
+        seq = found[-1][0] if is_cut else bounds[-1][0]
+        left = None if left is None else left - len(found)
+        yield Step([record for _, record in found], seq)
+
+
+def move(store: Store, name: str, seq: int) -> None:
+    """Note that the cursor *name* has seen all up to *seq*; raises OutboxError."""
+    with store.write() as connection:
+        connection.execute(MOVE, (name, seq, time.time()))
+
+
+@contextmanager
+def held(store: Store, name: str) -> Iterator[None]:
+    """Let nobody else read by the cursor *name* for the block.
+
+    Raises OutboxBusy after `busy_timeout` seconds, OutboxMissing, OutboxError where the outbox has no cursors yet.
+    """
+    import fcntl  # noqa: PLC0415  # POSIX only
+
+    with store.read():
+        if store.version < EXPORTS_SINCE:
+            raise old_schema()
+    path = store.path + CURSORS_SUFFIX
+    at = int.from_bytes(hash_of(name.encode())[:6], "big")
+    request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
+    end = time.monotonic() + store.busy_timeout
+    try:
+        fd = open_beside(path)
+    except OSError as exc:
+        raise unusable(path, exc) from exc
+    try:
+        while True:
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= end:
+                    raise OutboxBusy(
+                        f"another `list --new` of this name has been running for {store.busy_timeout:g} s",
+                        "look what its output waits for; its cursor has not moved",
+                    ) from None
+            time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(fd)  # frees the lock
+
+
+WINDOW = "SELECT seq FROM failure WHERE seq > ? ORDER BY seq LIMIT ?"
+FAILURES = f"""
+    SELECT seq, {", ".join(f"record.{name}" for name in Record._fields)} FROM failure CROSS JOIN record
+    WHERE seq > ? AND seq <= ? AND record.id = failure.record_id AND record.state = 'failed' AND NOT EXISTS (
+        SELECT 1 FROM failure AS later WHERE later.record_id = failure.record_id AND later.seq > failure.seq
+    ) ORDER BY seq
+"""  # noqa: S608  # a constant
+MOVE = """
+    INSERT INTO cursor (name, seq, used_at) VALUES (?, ?, ?)
+    ON CONFLICT (name) DO UPDATE SET seq = max(seq, excluded.seq), used_at = excluded.used_at
+"""
