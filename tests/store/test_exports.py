@@ -44,8 +44,12 @@ def ledger(outbox):
 def claimed(ledger, product=None, limit=500):
     """A batch with all its claims, as an export has it just before it marks."""
     batch = exports.begin(ledger.store, product, time.time())
-    step = ledger.claim(batch, 0, limit, time.time())
-    ids = [record.id for record, _ in step.records]
+    ids = []
+    while len(ids) < limit:
+        step = ledger.claim(batch, ids[-1] if ids else 0, limit - len(ids), time.time())
+        ids += [record.id for record, _ in step.records]
+        if step.is_end:
+            break
     return batch, exports.Written(len(ids), ids[0], ids[-1], "d" * 64)
 
 
