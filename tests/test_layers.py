@@ -29,6 +29,9 @@ ALLOWED = {
     "pages": set(),
     "hostid": {"integrity"},
     "units": set(),
+    "snapshot": set(),
+    "checking": {"snapshot", "text"},
+    "metrics": {"outcomes", "snapshot"},
     # Level 1, one outside thing each.
     "configfile": {"toml_lines"},
     "config": {"configfile", "errors", "events", "urls"},
@@ -50,6 +53,8 @@ ALLOWED = {
         "schema", "storage", "text",
     },
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
+    "gauges": {"errors", "locks", "records", "review", "schema", "snapshot", "storage"},
+    "metrics_file": {"errors", "files", "gauges", "metrics", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
     "tls": {"errors"},
@@ -80,7 +85,7 @@ ALLOWED = {
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
         "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
-        "opening", "orphans", "sdnotify", "storage", "text", "vitals",
+        "metrics_file", "opening", "orphans", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
         "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "orphans", "records", "reports",
@@ -118,6 +123,9 @@ PURE = (
     "pages",
     "toml_lines",
     "units",
+    "snapshot",
+    "checking",
+    "metrics",
 )
 
 

@@ -36,6 +36,8 @@ COMMANDS = {
     "discard": Entry("verdicts", "discard", "Give up records for good."),
     "service": Entry("service", "service", "Run the agent under systemd."),
     "doctor": Entry("doctor", "doctor", "Look for damage and say what to do."),
+    "check": Entry("check", "check", "Say how the outbox is, as a monitoring plugin does."),
+    "metrics": Entry("metrics", "metrics", "Print metrics of the outbox for Prometheus."),
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),
     "sandbox": Entry("sandbox", "sandbox", "Run a local server that speaks the event API."),
     "demo": Entry("demo", "demo", "See the whole story in ten seconds, without account or network."),
