@@ -136,8 +136,8 @@ def _of_records(view: Snapshot, limits: Limits, now: float) -> Iterator[Problem]
 
 def _of_the_place(view: Snapshot, limits: Limits) -> Iterator[Problem]:
     if view.damage is not None:
-        words = f"the outbox was damaged: {view.damage}"[:MOST_CHARS]
-        yield Problem(WARNING, f"{words} (`versioner-agent doctor --acknowledge` when somebody has looked at it)")
+        words = "the outbox was damaged (`versioner-agent doctor --acknowledge` when somebody has looked at it)"
+        yield Problem(WARNING, f"{words}: {view.damage}")
     if view.free_bytes is None:
         return
     for level, key in ((CRITICAL, "free_critical"), (WARNING, "free_warning")):
