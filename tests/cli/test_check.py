@@ -218,6 +218,18 @@ def test_an_outbox_that_only_others_may_read_is_unknown_and_names_the_group(host
     assert "is not in the group daemon: `sudo usermod -aG daemon nobody`" in done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give an outbox to another user")
+def test_root_sees_no_more_than_the_owner_of_the_outbox(host_for, reachable):
+    host = host_for()
+    os.chown(reachable, 65534, 65534)
+    env = {"VERSIONER_AGENT_DB": str(reachable / "outbox.db")}
+    assert host.run("enqueue", "build", "--product", "p", "--version", "1", **env).returncode == 0
+    assert run(host, "--no-agent", **env)[0] == OK
+    os.chown(reachable / "outbox.db", 0, 0)
+
+    assert run(host, "--no-agent", **env)[0] == UNKNOWN
+
+
 BAD_CALLS = {
     "an unknown option": (["--bogus"], "No such option"),
     "no value": (["--age-warning"], "requires an argument"),

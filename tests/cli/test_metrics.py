@@ -173,3 +173,5 @@ def test_root_reads_as_the_owner_and_writes_as_root(host_for, reachable, tmp_pat
     assert value(read(target.read_text()), "records", state="pending") == 1
     assert target.stat().st_uid == 0
     assert {path.stat().st_uid for path in place.iterdir()} == {65534}
+    os.chown(place / "outbox.db", 0, 0)
+    assert value(read(host.run("metrics", **env).stdout.decode()), "outbox_readable") == 0, "the owner can't read it"
