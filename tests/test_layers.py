@@ -30,6 +30,9 @@ ALLOWED = {
     "pages": set(),
     "hostid": {"integrity"},
     "units": set(),
+    "snapshot": set(),
+    "checking": {"snapshot", "text"},
+    "metrics": {"outcomes", "snapshot"},
     # Level 1, one outside thing each.
     "configfile": {"toml_lines"},
     "config": {"configfile", "errors", "events", "urls"},
@@ -69,6 +72,8 @@ ALLOWED = {
         "bodies", "cursors", "errors", "events", "filters", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
     },
+    "gauges": {"errors", "locks", "records", "review", "schema", "snapshot", "storage"},
+    "metrics_file": {"errors", "files", "gauges", "metrics", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
     "tls": {"errors"},
@@ -109,7 +114,7 @@ ALLOWED = {
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
         "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
-        "opening", "orphans", "sdnotify", "storage", "text", "vitals",
+        "metrics_file", "opening", "orphans", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
         "binding", "config", "errors", "flusher", "ledger", "locks", "opening", "orphans", "records", "reports",
@@ -149,6 +154,9 @@ PURE = (
     "toml_lines",
     "units",
     "importlines",
+    "snapshot",
+    "checking",
+    "metrics",
 )
 
 

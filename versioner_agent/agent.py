@@ -24,6 +24,7 @@ from versioner_agent.files import size_of
 from versioner_agent.flusher import Flusher
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
+from versioner_agent.metrics_file import MetricsFile
 from versioner_agent.opening import GRACE_S, LOCK_POLL_S, handled_by, lock_errors, migrate, open_outbox
 from versioner_agent.orphans import Orphans
 from versioner_agent.sdnotify import Notifier
@@ -65,6 +66,7 @@ class Agent:
         self._slept_s = 0.0
         self._awake = _Awake()
         self._flusher: Flusher | None = None
+        self._metrics = MetricsFile(settings.db, self._patience_s())
 
     def run(self) -> None:
         """Deliver until SIGTERM or SIGINT; raises LockHeld, OtherDestination, ConfigError, OutboxError.
@@ -91,6 +93,7 @@ class Agent:
                 self._take_over(lock)
             return self._insist(lambda: migrate(ledger)) and self._deliver(ledger, lock)
         finally:
+            self._metrics.name(None)  # while we hold the lock: the next agent writes its own
             lock.close()
             store.close()
 
@@ -150,6 +153,7 @@ class Agent:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._signals:
             self._notifier.alive(time.monotonic())
+            self._metrics.tell(time.monotonic())
             time.sleep(LOCK_POLL_S)
 
     def _take_over(self, lock: FlusherLock) -> None:
@@ -159,6 +163,7 @@ class Agent:
                 raise LockHeld(
                     f"another agent (pid {pid or 'unknown'}) delivers from this outbox", "stop it, or leave it to it"
                 )
+            self._metrics.name(self._settings.metrics_file)
             is_told = False
             while not lock.claim_delivery():
                 if not is_told:
@@ -212,6 +217,7 @@ class Agent:
 
     def _is_interrupted(self, lock: FlusherLock, vitals: Vitals, orphans: Orphans) -> bool:
         vitals.tell(time.monotonic())
+        self._metrics.tell(time.monotonic())
         orphans.look(time.monotonic())
         self._slept_s += self._awake.slept_s()
         with lock_errors(lock):
@@ -277,6 +283,7 @@ class Agent:
         account.name = bound.name  # an outbox with nothing pending may have moved to another one
         flusher.configure(fresh, options, here)
         self._settings = settings
+        self._metrics.name(settings.metrics_file)
         self._on_settings(settings)
         logger.info("configuration read again", extra={"action": "reload"})
         return fresh  # the old client lives on in the requests under way

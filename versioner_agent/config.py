@@ -125,6 +125,7 @@ OPTIONS = (
     _option("proxy", _text, None, "Proxy URL; else the usual variables (HTTPS_PROXY …)."),
     _option("no_proxy", _any_text, None, "Hosts reached without a proxy, separated by commas."),
     _option("allow_insecure_http", _flag, False, "Allow http:// to hosts other than this one (true or false)."),
+    _option("metrics_file", _path, None, "File of metrics for Prometheus that the agent rewrites every 15 s."),
     _option("log_format", _choice("text", "json"), "text", "Form of log lines: text or json."),
     _option("log_level", _choice("debug", "info", "warning", "error"), "info", "Least serious log line shown."),
 )

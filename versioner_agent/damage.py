@@ -177,24 +177,37 @@ def _has_records(path: str) -> bool:
 
 
 def recount(store: Store) -> bool:
-    """Correct the counts of records by state, and tell whether that was needed: a flipped bit is valid SQLite."""
+    """Correct the counts that are kept of records, and tell whether that was needed: a flipped bit is valid SQLite."""
     if inode_of(store.path) is None:
         return False
+    by_state = _recount(store, TALLY, COUNTED, schema.ALL_STATES, "tally", "state")
+    if store.version < schema.EXPORTS_SINCE:
+        return by_state
+    by_reason = _recount(store, FAILED_TALLY, FAILED_COUNTED, schema.FAILED_REASONS, "failed_tally", "reason")
+    return by_state or by_reason
+
+
+def _recount(store: Store, kept: str, counted: str, keys: tuple[str, ...], table: str, column: str) -> bool:
+    """Correct one table of counts; it has a row for each of *keys*."""
     with store.read() as connection:
-        found, expected = (dict(connection.execute(query).fetchall()) for query in (TALLY, COUNTED))
-    if found == {**dict.fromkeys(schema.ALL_STATES, 0), **expected}:
+        found, by_key = (dict(connection.execute(query).fetchall()) for query in (kept, counted))
+    if found == {**dict.fromkeys(keys, 0), **by_key}:
         return False
     with store.write() as connection:
-        connection.execute("DELETE FROM tally")
-        connection.executemany(
-            "INSERT INTO tally (state, n) SELECT ?, count(*) FROM record WHERE state = ?",
-            [(state, state) for state in schema.ALL_STATES],
-        )
+        by_key = dict(connection.execute(counted).fetchall())
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608  # our own names
+        insert = f"INSERT INTO {table} ({column}, n) VALUES (?, ?)"  # noqa: S608
+        connection.executemany(insert, [(key, by_key.get(key, 0)) for key in keys])
     return True
 
 
 TALLY = "SELECT state, n FROM tally"
 COUNTED = "SELECT state, count(*) FROM record INDEXED BY record_state GROUP BY state"
+FAILED_TALLY = "SELECT reason, n FROM failed_tally"
+FAILED_COUNTED = f"""
+    SELECT {schema.FAILED_REASON.format(row="record")}, count(*) FROM record INDEXED BY record_state
+    WHERE state = 'failed' GROUP BY 1
+"""  # noqa: S608  # a constant
 # What no statement of ours stores: SQLite takes any type in any column.
 WRONG_TYPES = """
     SELECT id FROM record WHERE typeof(event_id) <> 'text' OR typeof(state) <> 'text' OR typeof(kind) <> 'text'

@@ -73,7 +73,7 @@ def stats(store: Store) -> Stats:
             0
         ]
         tally = dict(connection.execute("SELECT state, n FROM tally").fetchall())
-        if not {*STATES} <= tally.keys():
+        if not all(isinstance(tally.get(state), int) for state in STATES):
             raise store.suspected("the counts of records by state are not readable")
         published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
         oldest = connection.execute(OLDEST_PENDING).fetchone()

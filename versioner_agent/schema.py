@@ -10,6 +10,14 @@ from __future__ import annotations
 APPLICATION_ID = 0x56654167
 STATES = ("pending", "delivered", "failed", "exported", "discarded")
 ALL_STATES = ("staged", *STATES)
+#: Reasons that failed records are counted by; the last one is for all that are not listed.
+FAILED_REASONS = ("conflict", "blocked", "blocked_late", "invalid", "gave_up", "damaged", "other")
+#: Which of them a row of `record` has.
+FAILED_REASON = """
+    CASE WHEN {row}.reason = 'blocked' AND {row}.late THEN 'blocked_late'
+        WHEN {row}.reason IN ('conflict', 'blocked', 'invalid', 'gave_up', 'damaged') THEN {row}.reason
+        ELSE 'other' END
+"""
 
 #: Version 1. `staged` is no state of a record's life: the row waits for its batch to be published as a whole.
 TABLES = (
@@ -231,6 +239,34 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX record_failed_at ON record (settled_at) WHERE state = 'failed'",
         "DROP INDEX record_refused",
         "CREATE INDEX record_refused ON record (product_name, version, reason, id) WHERE state = 'failed'",
+        # Failed records by reason, kept as `tally` is: a million of them can't be counted while a commit waits.
+        "CREATE TABLE failed_tally (reason TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
+        f"""
+        INSERT INTO failed_tally (reason, n)
+        SELECT {FAILED_REASON.format(row="record")}, count(*) FROM record WHERE state = 'failed' GROUP BY 1
+        """,  # noqa: S608  # a constant
+        """
+        INSERT OR IGNORE INTO failed_tally (reason, n) VALUES
+            ('conflict', 0), ('blocked', 0), ('blocked_late', 0), ('invalid', 0), ('gave_up', 0), ('damaged', 0),
+            ('other', 0)
+        """,
+        f"""
+        CREATE TRIGGER failed_tally_insert AFTER INSERT ON record WHEN NEW.state = 'failed' BEGIN
+            UPDATE failed_tally SET n = n + 1 WHERE reason = {FAILED_REASON.format(row="NEW")};
+        END
+        """,  # noqa: S608  # a constant
+        f"""
+        CREATE TRIGGER failed_tally_update AFTER UPDATE OF state, reason, late ON record
+        WHEN OLD.state = 'failed' OR NEW.state = 'failed' BEGIN
+            UPDATE failed_tally SET n = n - (OLD.state = 'failed') WHERE reason = {FAILED_REASON.format(row="OLD")};
+            UPDATE failed_tally SET n = n + (NEW.state = 'failed') WHERE reason = {FAILED_REASON.format(row="NEW")};
+        END
+        """,  # noqa: S608  # a constant
+        f"""
+        CREATE TRIGGER failed_tally_delete AFTER DELETE ON record WHEN OLD.state = 'failed' BEGIN
+            UPDATE failed_tally SET n = n - 1 WHERE reason = {FAILED_REASON.format(row="OLD")};
+        END
+        """,  # noqa: S608  # a constant
     ),
 )
 VERSION = 1 + len(STEPS)
