@@ -19,7 +19,8 @@ from recipes import README, ROOT, blocks
 import versioner_agent
 from versioner_agent import cli, config, delivery, events, outbox, outcomes, records, steps
 from versioner_agent.cli import _common
-from versioner_agent.cli.config import Row
+from versioner_agent.findings import Finding
+from versioner_agent.masked import Row
 from versioner_agent.sandbox import Sandbox
 
 
@@ -88,6 +89,7 @@ def test_json_keys_are_in_readme():
     assert set(steps.Step._fields) | set(steps.Work().summary()) <= rows["`service`"]
     assert set(records._JSON_KEYS) <= rows["record (`list`, `show`)"]
     assert set(Row._fields) <= rows["setting (`config`)"]
+    assert set(Finding._fields) <= rows["finding (`doctor`)"]
 
 
 def test_every_state_of_a_destination_is_in_readme_and_has_advice():

@@ -29,9 +29,12 @@ ALLOWED = {
     "pages": set(),
     "hostid": {"integrity"},
     "units": set(),
+    "findings": set(),
+    "mounts": set(),
     # Level 1, one outside thing each.
     "configfile": {"toml_lines"},
     "config": {"configfile", "errors", "events", "urls"},
+    "masked": {"config", "configfile", "text", "urls"},
     "files": {"errors"},
     "locks": {"files"},
     "creation": {"errors", "files", "hostid", "pages", "schema"},
@@ -39,6 +42,7 @@ ALLOWED = {
     "reserve": {"creation", "files", "storage"},
     "settling": {"outcomes", "policy", "records", "reserve", "storage", "text"},
     "batches": {"storage"},
+    "birthplace": {"hostid", "schema", "storage"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -49,7 +53,7 @@ ALLOWED = {
         "batches", "damage", "errors", "files", "mending", "migration", "outbox", "records", "reserve", "settling",
         "schema", "storage", "text",
     },
-    "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
+    "review": {"birthplace", "damage", "ledger", "outbox", "records", "schema", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
     "tls": {"errors"},
@@ -74,12 +78,12 @@ ALLOWED = {
         "chooser", "errors", "files", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
-    "opening": {"files", "ledger", "locks"},
+    "opening": {"birthplace", "errors", "files", "ledger", "locks"},
     "orphans": {"errors", "jobs", "ledger", "outbox", "text"},
     "wrapper": {"child", "errors", "events", "jobs", "outbox", "privileges", "text"},
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
-        "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
+        "binding", "birthplace", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
         "opening", "orphans", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
@@ -90,7 +94,20 @@ ALLOWED = {
         "config", "errors", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports", "review",
         "storage",
     },
-    "doctor": {"damage", "errors", "review", "schema", "storage"},
+    "doctor": {
+        "config", "configfile", "damage", "errors", "events", "files", "findings", "layout", "locks", "masked", "notices",
+        "outbox", "outcomes", "premises", "review", "schema", "storage", "text", "urls",
+    },
+    "premises": {"files", "findings", "locks", "mounts"},
+    "servicing": {"errors", "findings", "machine", "shipped"},
+    "probing": {
+        "binding", "config", "delivery", "doctor", "errors", "findings", "layout", "machine", "network", "outcomes",
+        "program", "service", "service_key", "text", "tls", "urls",
+    },
+    "bundle": {
+        "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "records", "review", "schema",
+        "servicing", "storage", "text",
+    },
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {
         "binding", "config", "errors", "files", "outbox", "outcomes", "privileges", "review", "service", "shipped", "steps", "storage", "text",
@@ -118,6 +135,8 @@ PURE = (
     "pages",
     "toml_lines",
     "units",
+    "findings",
+    "mounts",
 )
 
 

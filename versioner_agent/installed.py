@@ -11,9 +11,9 @@ import versioner_agent
 
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({
-    "__main__", "checkout", "child", "ci", "cli", "demo", "doctor", "flush", "layout", "loopback", "machine",
-    "privileges", "program", "removal", "sandbox", "service", "service_key", "shipped", "sources", "steps", "units",
-    "waiting", "wrapper",
+    "__main__", "bundle", "checkout", "child", "ci", "cli", "demo", "doctor", "findings", "flush", "layout", "loopback",
+    "machine", "masked", "mounts", "premises", "privileges", "probing", "program", "removal", "sandbox", "service",
+    "service_key", "servicing", "shipped", "sources", "steps", "units", "waiting", "wrapper",
 })  # fmt: skip
 #: What the standard library and ours load when they are first needed.
 _LATER = ("difflib", "encodings.idna", "encodings.utf_8_sig", "grp", "pwd", "tomllib", "unicodedata", "zoneinfo")

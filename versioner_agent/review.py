@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from versioner_agent.birthplace import is_elsewhere
 from versioner_agent.damage import Damage, noted
 from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
@@ -52,6 +53,7 @@ class Stats(NamedTuple):
     destination: Destination
     health: Health
     damage: Damage | None  # that nobody has acknowledged
+    other_machine: bool = False  # it was made on another one
 
 
 class Verdict(NamedTuple):
@@ -77,6 +79,7 @@ def stats(store: Store) -> Stats:
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
         row = store.only(connection.execute(DESTINATION_ROW))
         damage = noted(connection)
+        other_machine = is_elsewhere(store, connection)
     tally["pending"] += published
     return Stats(
         size,
@@ -88,6 +91,7 @@ def stats(store: Store) -> Stats:
         Destination(text(row[0]), text(row[1])),
         as_health(row[2:7]),
         damage,
+        other_machine,
     )
 
 
