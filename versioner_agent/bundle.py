@@ -64,11 +64,12 @@ class Mask:
         )
 
     def __call__(self, text: str) -> str:
-        """Return *text* without them."""
+        """Return *text* without them; JSON stays JSON."""
+        text = mask_keys(text)
         for secret in self._secrets:
             text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
-        text = re.sub(r"(VERSIONER_API_KEY\s*=\s*)[^\s\"']+", r"\1***", text)
-        return mask_keys(re.sub(r"(://)[^/\s@\"'<>]+@", r"\1***@", text))
+        text = re.sub(r"(VERSIONER_API_KEY\s*=\s*)[^\s\"'\\]+", r"\1***", text)
+        return re.sub(r"(://)[^/\s@\"'<>\\]+@", r"\1***@", text)
 
 
 def secrets_of(case: Case, key: str | None) -> list[str | None]:

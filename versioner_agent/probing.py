@@ -27,7 +27,7 @@ from versioner_agent.machine import Machine
 from versioner_agent.outcomes import ADVICE, Outcome, classify
 from versioner_agent.service import Site
 from versioner_agent.service_key import unit_environment
-from versioner_agent.text import duration
+from versioner_agent.text import duration, mask_keys
 
 STEP_S = 5.0  # what each step may take
 MOST_ADDRESSES = 8
@@ -70,9 +70,9 @@ def look(settings: Settings, env: Mapping[str, str], key: str | None) -> list[Fi
         given = {**env, "VERSIONER_API_KEY": key} if key else env
         sender, _, _ = binding.sending(bounded, given, binding.Account(None))
     except ConfigError as exc:
-        return [Finding("configuration", "error", problem, exc.hint or "") for problem in exc.problems]
+        return [Finding("configuration", "error", mask_keys(problem), exc.hint or "") for problem in exc.problems]
     except AgentError as exc:
-        return [Finding("configuration", "error", exc.message, exc.hint or "")]
+        return [Finding("configuration", "error", mask_keys(exc.message), exc.hint or "")]
     with closing(sender):
         way = _way(settings, env)
         return [*_proxy(settings, env, way), *_connect(sender, way, settings.api_url, has_key=key is not None)]

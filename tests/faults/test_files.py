@@ -73,7 +73,15 @@ def place_of(host, kind):
 def test_a_place_that_is_no_outbox_is_left_as_it_is(host, kind, words):
     path = place_of(host, kind)
     before = everything(host.directory)
-    for command in (ENQUEUE, ("run",), ("flush",), ("status",), ("list",), ("doctor", "--offline"), ("retry", "--all-failed")):
+    for command in (
+        ENQUEUE,
+        ("run",),
+        ("flush",),
+        ("status",),
+        ("list",),
+        ("doctor", "--offline"),
+        ("retry", "--all-failed"),
+    ):
         if (kind, *command) == ("missing", "run"):
             continue  # its disk may be mounted late: it waits
         done = host.run(*command, VERSIONER_AGENT_DB=str(path))
