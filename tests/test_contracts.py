@@ -92,6 +92,16 @@ def test_json_keys_are_in_readme():
     assert set(Finding._fields) <= rows["finding (`doctor`)"]
 
 
+def test_every_check_of_doctor_is_in_readme():
+    (row,) = [line for line in README.splitlines() if line.startswith("| finding (`doctor`)")]
+    modules = ("doctor", "premises", "probing", "servicing")
+    sources = "".join((ROOT / "versioner_agent" / f"{name}.py").read_text() for name in modules)
+
+    assert set(re.findall(r'(?:Finding|ok|not_looked_at)\(\s*"(\w+)"', sources)) == set(
+        re.findall(r"`(\w+)`", row.partition("`level`")[0])
+    ) - {"doctor", "check"}
+
+
 def test_every_state_of_a_destination_is_in_readme_and_has_advice():
     for state in set(outcomes.STATE_OF.values()):
         assert f"`{state}`" in README

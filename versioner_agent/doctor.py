@@ -270,6 +270,9 @@ def key(case: Case, found: Key, presence: Presence, *, offline: bool) -> list[Fi
 def _no_key(case: Case, found: Key, presence: Presence, *, offline: bool) -> Finding:
     if presence.agent_key:
         return ok("key", f"the agent uses {presence.agent_key}; not looked at here (root can)")
+    if found.source == layout.SYSTEM.key and os.geteuid() != 0:
+        words = f"not looked at: the service's key is in {found.source}, for root alone"
+        return Finding("key", "warning", words, "sudo versioner-agent doctor")
     if why := case.unknown("api_key_file"):
         return not_looked_at("key", why)
     words = mask_keys(found.problem) or "there is no API key: nothing can be delivered from here"

@@ -71,13 +71,13 @@ def _file(path: str, place: os.stat_result) -> list[Finding]:
     if not stat.S_ISREG(found.st_mode):
         action = "look who may write there, and move it away"
         return [Finding("permissions", "error", f"{path} is not a regular file", action)]
-    if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
-        words = f"{path} belongs to uid {found.st_uid} ({mode}) and can't be written"
-        return [Finding("permissions", "error", words, f"chown {place.st_uid}:{place.st_gid} {path}")]
     is_shared = place.st_mode & stat.S_ISGID and place.st_mode & stat.S_IWGRP
     if is_shared and (found.st_gid != place.st_gid or not found.st_mode & stat.S_IWGRP):
         words = f"{path} is closed to the group that shares its directory ({mode}, gid {found.st_gid})"
         return [Finding("permissions", "error", words, f"chgrp {place.st_gid} {path} && chmod 660 {path}")]
+    if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+        words = f"{path} belongs to uid {found.st_uid} ({mode}) and can't be written"
+        return [Finding("permissions", "error", words, f"chown {place.st_uid}:{place.st_gid} {path}")]
     if found.st_mode & stat.S_IRWXO:
         words = f"anybody on this host can read or write {path} ({mode})"
         return [Finding("permissions", "warning", words, f"chmod o= {path}")]

@@ -19,7 +19,7 @@ from scripted import answer, closed, hanging, raw, refused
 
 from versioner_agent import doctor, premises, probing, schema, servicing
 from versioner_agent.findings import Finding, exit_code, ok, total
-from versioner_agent.locks import QUEUE_SUFFIX
+from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
 from versioner_agent.storage import Store
 
 DAY_S = 86_400.0
@@ -468,6 +468,14 @@ def test_a_member_who_cannot_see_the_key_is_told_which_one_the_agent_uses(host):
 
     assert found["key"]["finding"] == "the agent uses sk_acme_k1_…; not looked at here (root can)"
     assert not_ok(found) == {}
+
+
+def test_a_member_is_sent_to_root_for_the_services_key(unprivileged):
+    case = doctor.Case(doctor.Settings({"api_key_file": None}, {"api_key_file": "x"}), {}, [], [])
+    nobody = FlusherLock(str(unprivileged / "outbox.db")).presence()
+    (found,) = doctor.key(case, doctor.Key(None, doctor.layout.SYSTEM.key, "can't read it"), nobody, offline=False)
+
+    assert (found.level, found.action) == ("warning", "sudo versioner-agent doctor")
 
 
 @pytest.mark.parametrize(
