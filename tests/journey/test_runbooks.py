@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from host import COMMAND, eventually
@@ -21,16 +22,6 @@ pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "flock", "install"))),
     reason="the runbooks are for a shell with flock and install",
 )
-WRITERS = """
-import subprocess, sys
-done = []
-print("ready"); input()
-for n in range(12):
-    done.append(subprocess.run((sys.executable, "-m", "versioner_agent", "enqueue", "build", "--product", "busy", "--version", str(n)),
-                               stdout=subprocess.DEVNULL).returncode)
-    if n == 2: print("on", flush=True)
-print(done)
-"""
 
 
 @pytest.fixture
@@ -102,12 +93,12 @@ def backed_up(host):
     return backup
 
 
-def restore(host, backup):
+def restore(host, backup, instead=None):
     return follow(
         "runbook: restore", host.directory, env=host.env, check=False,
         instead={
             "OUTBOX=/var/lib/versioner-agent/outbox.db": f"OUTBOX='{host.path}'", "BACKUP=/backup/outbox.db": f"BACKUP='{backup}'",
-            "-m 660": "-m 600",
+            "-m 660": "-m 600", **(instead or {}),
         },
     )  # fmt: skip
 
@@ -149,29 +140,29 @@ def test_a_crash_before_the_restore_leaves_no_journal_that_is_taken_for_the_new_
     assert host.counts() == {"pending": 3}
 
 
-def test_jobs_that_queue_during_a_restore_lose_nothing(host):
-    """What they are told was queued is in the old file or in the restored one."""
+def test_a_job_that_queues_in_the_middle_of_a_restore_waits_and_loses_nothing(host):
+    """Between the old file and the restored one there is none: whoever queued then would make another."""
     backup = backed_up(host)
     host.close_outbox()
-    writer = subprocess.Popen(
-        [sys.executable, "-u", "-c", WRITERS], env=host.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with writer:
-        assert writer.stdout.readline() == "ready\n"
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-        assert writer.stdout.readline() == "on\n"
-        done = restore(host, backup)
-        codes = writer.stdout.readline()
+    gap = 'touch inside; until [ -e go ]; do sleep 0.02; done; mv "$1.restored" "$1"'
+    with ThreadPoolExecutor(1) as pool:
+        restoring = pool.submit(restore, host, backup, {'mv "$1.restored" "$1"': gap})
+        eventually((host.directory / "inside").exists)
+        job = host.start("enqueue", "build", "--product", "payments", "--version", "late")
+        eventually(lambda: job.poll() is not None or waits_for(f"{host.path}.queue"))
+        (host.directory / "go").touch()
+        done = restoring.result()
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert codes == f"{[0] * 12}\n"
-    found = set()
-    for path in (host.path, f"{host.path}.before/outbox.db"):
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            found |= {row[0] for row in connection.execute("SELECT version FROM record WHERE product_name = 'busy'")}
-    assert found == {str(number) for number in range(12)}
-    assert not [name for name in os.listdir(os.path.dirname(host.path)) if ".corrupt-" in name]
+    assert job.wait(30) == 0
+    assert host.counts() == {"pending": 4}
+    assert host.json("status")[0]["damage"] is None
+
+
+def waits_for(path):
+    """Tell whether somebody waits for the lock on *path* (proc_locks(5))."""
+    with open("/proc/locks") as file:
+        return any("->" in line and f":{os.stat(path).st_ino} " in line for line in file)
 
 
 def test_a_clone_starts_afresh_without_taking_the_missing_file_for_damage(host, server):

@@ -20,6 +20,7 @@ from scripted import answer, closed, hanging, raw, refused
 from versioner_agent import doctor, premises, probing, schema, servicing
 from versioner_agent.findings import Finding, exit_code, ok, total
 from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
+from versioner_agent.machine import Machine, Ran
 from versioner_agent.storage import Store
 
 DAY_S = 86_400.0
@@ -208,6 +209,7 @@ def test_an_outbox_that_its_agent_has_not_upgraded_yet_is_looked_at(host_for, ve
     done = host.run("doctor", "--acknowledge")
 
     assert not_ok(found) == {}
+    assert {"outbox", "sqlite", "destination", "agent", "pending"} <= set(found)
     assert done.returncode == 0
 
 
@@ -665,6 +667,21 @@ def test_the_unit_is_judged_by_what_systemd_says(change, level, words):
     assert found.level == level
     assert words in found.finding
     assert bool(found.action) == (level != "ok")
+
+
+@pytest.mark.parametrize(
+    ("ran", "levels"),
+    [
+        (Ran(0, "LoadState=not-found\nActiveState=inactive\n"), []),
+        (Ran(1, err="Failed to connect to bus"), ["warning"]),
+        (Ran(0, "".join(f"{name}={value}\n" for name, value in SHOWN.items())), ["ok"]),
+    ],
+)
+def test_a_service_that_is_not_there_is_no_finding(ran, levels):
+    machine = Machine(run=lambda _: ran, account=lambda *_: None, is_root=True, has_systemd=True)
+
+    assert [each.level for each in servicing.examine(machine)] == levels
+    assert servicing.examine(machine._replace(has_systemd=False)) == []
 
 
 # --- helpers
