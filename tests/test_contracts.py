@@ -19,7 +19,8 @@ from recipes import README, ROOT, blocks
 import versioner_agent
 from versioner_agent import cli, config, delivery, events, importing, outbox, outcomes, receipts, records, steps
 from versioner_agent.cli import _common
-from versioner_agent.cli.config import Row
+from versioner_agent.findings import Finding
+from versioner_agent.masked import Row
 from versioner_agent.sandbox import Sandbox
 
 
@@ -89,6 +90,17 @@ def test_json_keys_are_in_readme():
     assert set(steps.Step._fields) | set(steps.Work().summary()) <= rows["`service`"]
     assert set(records._JSON_KEYS) <= rows["record (`list`, `show`)"]
     assert set(Row._fields) <= rows["setting (`config`)"]
+    assert set(Finding._fields) <= rows["finding (`doctor`)"]
+
+
+def test_every_check_of_doctor_is_in_readme():
+    (row,) = [line for line in README.splitlines() if line.startswith("| finding (`doctor`)")]
+    modules = ("doctor", "premises", "probing", "servicing")
+    sources = "".join((ROOT / "versioner_agent" / f"{name}.py").read_text() for name in modules)
+
+    assert set(re.findall(r'(?:Finding|ok|not_looked_at)\(\s*"(\w+)"', sources)) == set(
+        re.findall(r"`(\w+)`", row.partition("`level`")[0])
+    ) - {"doctor", "check"}
 
 
 def test_every_state_of_a_destination_is_in_readme_and_has_advice():

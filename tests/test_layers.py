@@ -33,9 +33,12 @@ ALLOWED = {
     "snapshot": set(),
     "checking": {"snapshot", "text"},
     "metrics": {"outcomes", "snapshot"},
+    "findings": set(),
+    "mounts": set(),
     # Level 1, one outside thing each.
     "configfile": {"toml_lines"},
     "config": {"configfile", "errors", "events", "urls"},
+    "masked": {"config", "configfile", "text", "urls"},
     "files": {"errors"},
     "locks": {"files"},
     "creation": {"errors", "files", "hostid", "pages", "schema"},
@@ -46,6 +49,7 @@ ALLOWED = {
     "exportfile": {"records"},
     "importlines": {"bodies", "errors", "events", "exportfile", "values"},
     "importfile": {"bodies", "errors", "exportfile", "files", "importlines", "values"},
+    "birthplace": {"hostid", "schema", "storage"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -64,7 +68,7 @@ ALLOWED = {
         "storage",
     },
     "selecting": {"filters", "records", "schema", "storage"},
-    "review": {"damage", "exports", "filters", "ledger", "outbox", "records", "schema", "selecting", "storage"},
+    "review": {"birthplace", "damage", "exports", "filters", "ledger", "outbox", "records", "schema", "selecting", "storage"},
     "cursors": {"errors", "files", "filters", "integrity", "records", "schema", "storage"},
     "groups": {"cursors", "filters", "records", "schema", "storage"},
     "repair": {"filters", "records", "review", "selecting", "storage"},
@@ -100,7 +104,7 @@ ALLOWED = {
     },
     "workers": {"outcomes", "records"},
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
-    "opening": {"files", "ledger", "locks"},
+    "opening": {"birthplace", "errors", "files", "ledger", "locks"},
     "receipts": {
         "batches", "config", "errors", "exportfile", "exports", "importfile", "importlines", "newfile", "outcomes",
         "privileges", "records", "storage", "text",
@@ -113,7 +117,7 @@ ALLOWED = {
     "wrapper": {"child", "errors", "events", "jobs", "outbox", "privileges", "text"},
     "vitals": {"errors", "installed", "ledger", "locks", "reports", "sdnotify", "text"},
     "agent": {
-        "binding", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
+        "binding", "birthplace", "config", "creation", "delivery", "errors", "files", "flusher", "installed", "ledger", "locks",
         "metrics_file", "opening", "orphans", "sdnotify", "storage", "text", "vitals",
     },
     "flush": {
@@ -124,7 +128,20 @@ ALLOWED = {
         "config", "errors", "exports", "flush", "flusher", "ledger", "locks", "opening", "outcomes", "records", "reports",
         "review", "storage",
     },
-    "doctor": {"damage", "errors", "review", "schema", "storage"},
+    "doctor": {
+        "config", "configfile", "damage", "errors", "events", "files", "findings", "layout", "locks", "masked", "notices",
+        "outbox", "outcomes", "premises", "review", "schema", "storage", "text", "urls",
+    },
+    "premises": {"files", "findings", "locks", "mounts"},
+    "servicing": {"errors", "findings", "machine", "shipped"},
+    "probing": {
+        "binding", "config", "delivery", "doctor", "errors", "findings", "layout", "machine", "network", "outcomes",
+        "program", "service", "service_key", "text", "tls", "urls",
+    },
+    "bundle": {
+        "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "records", "review", "schema",
+        "servicing", "storage", "text",
+    },
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {
         "binding", "config", "errors", "files", "outbox", "outcomes", "privileges", "review", "service", "shipped", "steps", "storage", "text",
@@ -157,6 +174,8 @@ PURE = (
     "snapshot",
     "checking",
     "metrics",
+    "findings",
+    "mounts",
 )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 
-from versioner_agent import binding, installed
+from versioner_agent import binding, birthplace, installed
 from versioner_agent.config import Settings
 from versioner_agent.creation import make_private_directory
 from versioner_agent.delivery import Sender
@@ -188,6 +188,7 @@ class Agent:
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
         )
         self._notifier.ready(vitals.line())
+        _warn_of_other_machine(ledger.store)
         try:
             while not self._signals and not lock.is_hidden():
                 flusher.run(lambda: self._is_interrupted(lock, vitals, orphans))
@@ -297,6 +298,16 @@ class Agent:
                 os._exit(128 + number)
         if self._flusher is not None:
             self._flusher.wake()
+
+
+def _warn_of_other_machine(store: Store) -> None:
+    with store.read() as connection:
+        is_elsewhere = birthplace.is_elsewhere(store, connection)
+    if is_elsewhere:
+        words = (
+            "the outbox %s was made on another machine: a copy delivers what the original delivers too; see `doctor`"
+        )
+        logger.warning(words, store.path, extra={"action": "other_machine"})
 
 
 def _is_missing(directory: str) -> bool:

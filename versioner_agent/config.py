@@ -183,14 +183,22 @@ def load(flags: Mapping[str, Any], env: Mapping[str, str], config: str | None = 
 
 def load_from(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]) -> Settings:
     """Resolve, with the user's own outbox where none is named; raises ConfigError."""
+    settings, problems = resolved_from(flags, env, files)
+    refuse(problems)
+    return settings
+
+
+def resolved_from(
+    flags: Mapping[str, Any], env: Mapping[str, str], files: list[File]
+) -> tuple[Settings, list[Problem]]:
+    """Do so and return the problems too; a value that can't be used stays as it was given."""
     settings, problems = _resolved(flags, env, files)
     if settings.values["db"] is None:
         settings.values["db"] = os.path.join(user_directory("state", env), OWN_OUTBOX)
-        if not os.path.isabs(settings.db) and _is_complete(files):
+        if not os.path.isabs(settings.db) and is_complete(files):
             words = "there is no home directory to keep the outbox in"
-            problems.append(Problem(words, hint="set HOME, or name it with --db"))
-    refuse(problems)
-    return settings
+            problems.append(Problem(words, hint="set HOME, or name it with --db", key="db"))
+    return settings, problems
 
 
 def read_files(env: Mapping[str, str], config: str | None = None) -> list[File]:
@@ -282,7 +290,7 @@ def _resolved(flags: Mapping[str, Any], env: Mapping[str, str], files: list[File
         from versioner_agent.urls import url_problem  # noqa: PLC0415  # 3 ms, only for who names an API
 
         # What can't be read might have allowed it.
-        is_allowed = settings.allow_insecure_http or "allow_insecure_http" in bad or not _is_complete(files)
+        is_allowed = settings.allow_insecure_http or "allow_insecure_http" in bad or not is_complete(files)
         if words := url_problem(settings.api_url, insecure=is_allowed):
             problems.append(located("api_url", words, flags, env, files))
     order = {file.name: place for place, file in enumerate(files)}
@@ -311,7 +319,8 @@ def refuse(problems: list[Problem]) -> None:
         raise ConfigError([str(problem) for problem in problems], hint)
 
 
-def _is_complete(files: list[File]) -> bool:
+def is_complete(files: list[File]) -> bool:
+    """Tell whether all that the files say is known."""
     return all(file.state not in ("closed", "unusable") for file in files)
 
 
@@ -331,8 +340,8 @@ def _find(
 
 def _problem(key: str, words: str, source: str, file: File | None) -> Problem:
     if file is None:
-        return Problem(f"{key} ({source}): {words}")
-    return Problem(f"{key}: {words}", file.name, file.line_of(key))
+        return Problem(f"{key} ({source}): {words}", key=key)
+    return Problem(f"{key}: {words}", file.name, file.line_of(key), key=key)
 
 
 def _unknown_keys(file: File) -> list[Problem]:

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     file: str = ""
     line: int | None = None
     hint: str | None = None
+    key: str = ""  # of the setting, where it is about one
 
     def __str__(self) -> str:
         """Say it as editors and compilers do: FILE:LINE: words."""

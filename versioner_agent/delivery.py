@@ -11,8 +11,9 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import httpcore
@@ -44,6 +45,17 @@ class Target(NamedTuple):
     timeout: float = 30.0  # seconds, for one whole POST
     ca_bundle: str | None = None
     proxy: str | None = None  # already decided for api_url
+
+
+class Look(NamedTuple):
+    """What was seen of the API without a key; status 0 where there was no complete answer, and *problem* says why."""
+
+    status: int = 0
+    headers: Mapping[str, str] = MappingProxyType({})
+    body: bytes = b""
+    certificate: Mapping[str, Any] | None = None  # as getpeercert gives it; None without TLS
+    problem: str = ""
+    is_tls: bool = False  # it was TLS that failed
 
 
 class Sender:
@@ -81,6 +93,28 @@ class Sender:
         headers = {**_HEADERS, "Authorization": f"Bearer {key}", "Idempotency-Key": idempotency_key}
         request = httpx.Request("POST", self._urls[kind], headers=headers, content=payload)
         return _without(key, self._attempt(request, key))._replace(account=key_account(key))
+
+    def look(self, path: str) -> Look:
+        """GET *path* below the API as a POST would get there, but without the key."""
+        self._own.allowed_s = self._target.timeout
+        network.current.deadline = time.monotonic() + self._own.allowed_s
+        request = httpx.Request("GET", self._target.api_url.rstrip("/") + path, headers={"User-Agent": USER_AGENT})
+        line = self._new_line()
+        certificate = None
+        try:
+            response = line.handle_request(request)
+            secure = response.extensions["network_stream"].get_extra_info("ssl_object")
+            certificate = secure.getpeercert() if secure is not None else None
+            assert isinstance(response.stream, httpx.SyncByteStream)
+            body = _read(response.stream, response.headers.get("content-encoding", ""))
+            response.stream.close()
+            line.finish()
+        except Exception as exc:  # noqa: BLE001  # whatever the network does, it was seen
+            is_tls = _cause(exc, ssl.SSLError) is not None
+            return Look(certificate=certificate, problem=self._failure(exc, None).detail, is_tls=is_tls)
+        finally:
+            line.close()
+        return Look(response.status_code, dict(response.headers), body or b"", certificate)
 
     def close(self) -> None:
         """Close all connections; requests under way end as unanswered."""
@@ -142,7 +176,7 @@ class Sender:
             self._lines.discard(line)
         line.close()
 
-    def _failure(self, exc: Exception, key: str) -> Outcome:
+    def _failure(self, exc: Exception, key: str | None) -> Outcome:
         url = urlsplit(self._target.api_url)
         host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
         where = f"{host}:{port}"
@@ -158,7 +192,8 @@ class Sender:
         if isinstance(exc, httpcore.TimeoutException) or network.is_over():
             words = f"no complete answer from {where} within {self._own.allowed_s:.3g} s"
             return no_answer(words)._replace(is_cut=self._own.allowed_s < min(self._target.timeout, TELLING_S))
-        words = " ".join(str(exc).replace(key, "***").split()) or type(exc).__name__
+        said = str(exc).replace(key, "***") if key else str(exc)
+        words = " ".join(said.split()) or type(exc).__name__
         return no_answer(f"{_WHAT.get(type(exc), 'request failed')} ({where}): {words}")
 
     def _untrusted(self, exc: ssl.SSLCertVerificationError, host: str, port: int) -> str:

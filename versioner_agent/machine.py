@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from versioner_agent.errors import AgentError
@@ -68,10 +69,10 @@ class Machine(NamedTuple):
         return {name: told.get(name, "") for name in names}
 
 
-def this_machine(*, user: bool = False, root: str = "") -> Machine:
-    """Return the machine this runs on."""
+def this_machine(*, user: bool = False, root: str = "", within_s: float = COMMAND_S) -> Machine:
+    """Return the machine this runs on; no command takes longer than *within_s* seconds."""
     return Machine(
-        run=_run,
+        run=partial(_run, within_s=within_s),
         account=_account,
         is_root=os.geteuid() == 0,
         has_systemd=not root and os.path.isdir(BOOTED) and (not user or _has_user_manager()),
@@ -93,7 +94,7 @@ def _is_on_path(name: str) -> bool:
     return shutil.which(name) is not None
 
 
-def _run(command: Sequence[str]) -> Ran:
+def _run(command: Sequence[str], *, within_s: float) -> Ran:
     env = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}
     try:
         done = subprocess.run(  # noqa: S603  # no shell, and no words of others
@@ -103,13 +104,13 @@ def _run(command: Sequence[str]) -> Ran:
             encoding="utf-8",
             errors="replace",
             check=False,
-            timeout=COMMAND_S,
+            timeout=within_s,
             env=env,
         )
     except FileNotFoundError:
         return Ran(127, err=f"there is no {command[0]} on this machine")
     except subprocess.TimeoutExpired:
-        return Ran(124, err=f"no end within {COMMAND_S:g} s")
+        return Ran(124, err=f"no end within {within_s:g} s")
     except OSError as exc:
         return Ran(126, err=exc.strerror or str(exc))
     return Ran(done.returncode, done.stdout, done.stderr)

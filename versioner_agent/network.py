@@ -84,7 +84,12 @@ class Line(httpx.BaseTransport):
             )
         )
         assert isinstance(answer.stream, Iterable)
-        return httpx.Response(status_code=answer.status, headers=answer.headers, stream=_Body(answer.stream))
+        return httpx.Response(
+            status_code=answer.status,
+            headers=answer.headers,
+            stream=_Body(answer.stream),
+            extensions=dict(answer.extensions),
+        )
 
     def finish(self) -> bool:
         """End the exchange, whose answer has been read; False where more came than that.
@@ -271,7 +276,17 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of *host* within the deadline; raises httpcore.ConnectError or ConnectTimeout.
+    """Return the addresses of *host* within the deadline; raises httpcore.ConnectError or ConnectTimeout."""
+    try:
+        return addresses_of(host, port, time_left())
+    except TimeoutError as exc:
+        raise httpcore.ConnectTimeout(str(exc)) from exc
+    except OSError as exc:
+        raise httpcore.ConnectError(str(exc)) from exc
+
+
+def addresses_of(host: str, port: int, within_s: float) -> list[str]:
+    """Return the addresses of *host*; raises TimeoutError after *within_s* seconds, OSError with what is wrong.
 
     In a thread, because getaddrinfo(3) knows no timeout and can hang for half a minute on a dead resolver.
     """
@@ -285,9 +300,9 @@ def _resolve(host: str, port: int) -> list[str]:
 
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()
-    thread.join(time_left())
+    thread.join(within_s)
     if not found:
-        raise httpcore.ConnectTimeout(f"the name {host} was not resolved in time")
+        raise TimeoutError(f"the name {host} was not resolved in time")
     if isinstance(found[0], Exception):
-        raise httpcore.ConnectError(f"the name {host} can't be resolved: {found[0]}") from found[0]
+        raise OSError(f"the name {host} can't be resolved: {found[0]}") from found[0]
     return list(dict.fromkeys(str(entry[4][0]) for entry in found[0]))

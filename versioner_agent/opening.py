@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from versioner_agent import birthplace
+from versioner_agent.errors import OutboxBusy, OutboxFull
 from versioner_agent.files import unusable
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
@@ -30,6 +32,8 @@ def migrate(ledger: Ledger) -> None:
     kept = ledger.migrate()
     if kept is not None:
         logger.warning("the outbox was upgraded; the old one is kept as %s", kept, extra={"action": "upgrade"})
+    with suppress(OutboxFull, OutboxBusy):  # no reason not to deliver
+        birthplace.settle_in(ledger.store)  # an older schema did not note it
 
 
 @contextmanager

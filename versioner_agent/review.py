@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from versioner_agent import exports, selecting
+from versioner_agent.birthplace import is_elsewhere
 from versioner_agent.damage import Damage, noted
 from versioner_agent.exports import Overview
 from versioner_agent.filters import Filter
@@ -56,6 +57,7 @@ class Stats(NamedTuple):
     health: Health
     damage: Damage | None  # that nobody has acknowledged
     exports: Overview = Overview([], 0)
+    other_machine: bool = False  # it was made on another one
 
 
 class Verdict(NamedTuple):
@@ -81,6 +83,7 @@ def stats(store: Store) -> Stats:
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
         row = store.only(connection.execute(DESTINATION_ROW))
         damage = noted(connection)
+        other_machine = is_elsewhere(store, connection)
         marking = exports.marking(store, connection)
         overview = exports.overview(connection) if exports.has_tables(store) else Overview([], 0)
     tally["pending"] = max(0, tally["pending"] + published - marking)
@@ -96,6 +99,7 @@ def stats(store: Store) -> Stats:
         as_health(row[2:7]),
         damage,
         overview,
+        other_machine,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import ssl
 from contextlib import suppress
+from typing import Any
 
 from versioner_agent.errors import ConfigError
 
@@ -107,3 +108,10 @@ def _contents(data: bytes, position: int) -> tuple[bytes, int]:
     if start + length > len(data):
         raise ValueError("a DER value ends behind its data")
     return data[start : start + length], start + length
+
+
+def named(name: Any) -> str:
+    """Return whom a parsed name of `getpeercert` means: organisation and common name, as far as it has them."""
+    parts = {key: value for group in name or () for key, value in group}
+    words = (parts.get("organizationName"), parts.get("commonName"))
+    return ", ".join(str(word) for word in words if word) or "an unnamed authority"

@@ -10,7 +10,7 @@ from host import eventually
 from scripted import accepted, refused
 
 KEYS = {
-    "outbox": ["path", "bytes"],
+    "outbox": ["path", "bytes", "other_machine"],
     "counts": ["pending", "delivered", "failed", "exported", "discarded"],
     "oldest_pending_age_s": None,
     "last_delivered_at": None,
@@ -37,7 +37,7 @@ def test_status_of_an_outbox_that_was_never_made(cli, db):
 
     assert done.code == 0
     assert_documented(status)
-    assert status["outbox"] == {"path": str(db), "bytes": 0}
+    assert status["outbox"] == {"path": str(db), "bytes": 0, "other_machine": False}
     assert status["counts"] == dict.fromkeys(KEYS["counts"], 0)
     assert (status["destination"]["state"], status["agent"]) == (
         "unknown",

@@ -75,7 +75,7 @@ def test_a_file_that_was_not_cut_after_a_commit_is_cut_and_nothing_more(host, wh
         file.write(b"old copies" * 2000)
     before = os.stat(host.path)
     assert host.run("status").returncode == 0
-    assert host.run("doctor").returncode == 0
+    assert host.run("doctor", "--offline").returncode == 0
     if who == "run":
         host.agent()
         eventually(lambda: host.counts() == {"delivered": 3})
@@ -118,8 +118,9 @@ def test_status_tells_of_damage_until_somebody_has_acknowledged_it(host):
     assert host.run("flush").returncode == 0
     (told,) = host.json("status")
     text = host.run("status").stdout.decode()
-    (finding,) = [json.loads(line) for line in host.run("doctor", "--json").stdout.splitlines()][1:]
-    doctor = host.run("doctor").returncode
+    findings = [json.loads(line) for line in host.run("doctor", "--offline", "--json").stdout.splitlines()]
+    (finding,) = [each for each in findings if each["level"] != "ok"]
+    doctor = host.run("doctor", "--offline").returncode
     acknowledged = host.run("doctor", "--acknowledge")
     (after,) = host.json("status")
 
@@ -132,7 +133,7 @@ def test_status_tells_of_damage_until_somebody_has_acknowledged_it(host):
     assert acknowledged.returncode == 0
     assert b"acknowledged" in acknowledged.stdout
     assert after["damage"] is None
-    assert host.run("doctor").returncode == 0
+    assert host.run("doctor", "--offline").returncode == 0
     assert os.path.exists(told["damage"]["kept"])
 
 
@@ -140,7 +141,7 @@ def test_doctor_says_that_a_newer_outbox_is_not_delivered_by_this_program(host):
     host.close()
     with contextlib.closing(sqlite3.connect(host.path)) as connection:
         connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
-    done = host.run("doctor")
+    done = host.run("doctor", "--offline")
 
     assert done.returncode == 1
     told = f"has schema {schema.VERSION + 1}, this versioner-agent knows {schema.VERSION}; it is left as it is"
@@ -152,7 +153,7 @@ def test_doctor_finds_damage_and_leaves_it_as_it_is(host):
     with open(host.path, "rb") as file:
         before = file.read()
 
-    done = host.run("doctor")
+    done = host.run("doctor", "--offline")
 
     assert done.returncode == 1
     assert b"error" in done.stdout

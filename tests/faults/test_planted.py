@@ -66,7 +66,7 @@ def test_a_planted_journal_deletes_nothing_of_roots(accounts, tmp_path):
         ("list",),
         (*ENQUEUE, "2"),
         ("retry", "1"),
-        ("doctor", "--deep"),
+        ("doctor", "--deep", "--offline"),
         ("flush", "--timeout", "0"),
     ):
         plant(path, victim)
@@ -105,7 +105,7 @@ def test_a_planted_journal_deletes_nothing_of_another_member(accounts):
         ("retry", "9"),
         ("discard", "9"),
         ("flush", "--timeout", "0"),
-        ("doctor", "--deep"),
+        ("doctor", "--deep", "--offline"),
     ],
     ids=" ".join,
 )

@@ -73,7 +73,7 @@ def test_nobody_can_make_the_outbox_unwritable_for_the_others(accounts, path, fi
 
 def test_an_outsider_gets_the_group_to_ask_for(accounts, path):
     assert accounts.run(OWNER, path, *ENQUEUE, "1").returncode == 0
-    for command in ((*ENQUEUE, "2"), ("list",), ("status",), ("flush",), ("run",), ("doctor",), ("retry", "1")):
+    for command in ((*ENQUEUE, "2"), ("list",), ("status",), ("flush",), ("run",), ("retry", "1")):
         done = accounts.run(OUTSIDER, path, *command, VERSIONER_API_KEY=KEY)
 
         assert done.returncode == 1, command
@@ -81,6 +81,19 @@ def test_an_outsider_gets_the_group_to_ask_for(accounts, path):
         assert f"{OUTSIDER} is not in the group {GROUP}: `sudo usermod -aG {GROUP} {OUTSIDER}`" in said, command
         assert len(said.splitlines()) == 1
         assert "Traceback" not in said
+
+
+def test_doctor_tells_an_outsider_which_group_to_join(accounts, path):
+    assert accounts.run(OWNER, path, *ENQUEUE, "1").returncode == 0
+    done = accounts.run(OUTSIDER, path, "doctor", "--offline", "--json", VERSIONER_API_KEY=KEY)
+    found = {each["check"]: each for each in map(json.loads, done.stdout.splitlines())}
+
+    assert done.returncode == 1
+    assert done.stderr == b""
+    for check in ("outbox", "permissions"):
+        assert found[check]["level"] == "error"
+        assert f"`sudo usermod -aG {GROUP} {OUTSIDER}`" in found[check]["finding"]
+    assert found["key"]["level"] == found["file_system"]["level"] == "ok"
 
 
 def test_an_outbox_in_a_home_is_private(accounts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,21 +20,13 @@ from versioner_agent.cli._common import (
     table,
 )
 from versioner_agent.errors import ConfigError, UsageError
-from versioner_agent.text import harmless, key_public_part, mask_keys, printable
+from versioner_agent.masked import rows
+from versioner_agent.text import harmless, mask_keys, printable
 from versioner_agent.urls import proxy_for, without_password
 
 if TYPE_CHECKING:
     from versioner_agent.config import Key, Settings
     from versioner_agent.configfile import File, Problem
-
-
-class Row(NamedTuple):
-    """A setting as it is shown: a secret's value is masked already."""
-
-    key: str
-    value: str | float | bool | None
-    source: str
-    line: int | None
 
 
 @click.command()
@@ -68,12 +60,12 @@ def config(checked: str | None, as_json: bool, verbose: bool, **options: Any) ->
     configuration.refuse(_unusable(settings, flags, os.environ, files))
     binding.sending(settings, os.environ, binding.Account(None))[0].close()
     key = configuration.find_key(settings, os.environ)
-    rows = _rows(settings, key, {file.name: file for file in files})
+    found = rows(settings, key, {file.name: file for file in files})
     if as_json:
-        for row in rows:
+        for row in found:
             echo_json(row._asdict())
     else:
-        for line in table([_cells(row) for row in rows], ("key", "value", "source")):
+        for line in table([[printable(cell) for cell in row.cells] for row in found], ("key", "value", "source")):
             echo(line)
     for note in _notes(settings, key):
         click.echo(harmless(f"note: {note}"), err=True)
@@ -137,39 +129,6 @@ def _looked_for(files: list[File], flag: str | None) -> list[str]:
     named = "--config" if flag else configuration.ENV_CONFIG if os.environ.get(configuration.ENV_CONFIG) else ""
     by = f" (named by {named}; no other is looked for)" if named else ""
     return [f"file {file.name}{by}: {file.state}" for file in files]
-
-
-def _rows(settings: Settings, key: Key, files: dict[str, File]) -> list[Row]:
-    rows = []
-    for option in configuration.OPTIONS:
-        value, source = settings.values[option.key], settings.sources[option.key]
-        if option.is_secret:
-            source = key.source
-        file = files.get(source)
-        line = file.line_of(option.key) if file else None
-        rows.append(Row(option.key, _shown(option.key, value, key), mask_keys(source), line))
-    return rows
-
-
-def _shown(name: str, value: Any, key: Key) -> Any:
-    if configuration.BY_KEY[name].is_secret:
-        return key_public_part(key.key) if key.key else None
-    if not isinstance(value, str):
-        return value
-    # A key that was put where a file's name belongs is a secret all the same.
-    return mask_keys(without_password(value) if name == "proxy" else value)
-
-
-def _cells(row: Row) -> tuple[str, str, str]:
-    value = row.value
-    if value is None:
-        text = "-"
-    elif isinstance(value, bool):
-        text = str(value).lower()
-    else:
-        text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
-    source = f"{row.source}:{row.line}" if row.line else row.source
-    return row.key, printable(text), printable(source)
 
 
 def _notes(settings: Settings, key: Key) -> list[str]:

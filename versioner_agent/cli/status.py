@@ -62,7 +62,7 @@ def status(as_json: bool, **options: Any) -> None:
     finally:
         store.close()
     if as_json:
-        echo_json(_json(store.path, stats, failures, presence, settings.api_url))
+        echo_json(status_json(store.path, stats, failures, presence, settings.api_url))
     else:
         for line in _lines(store.path, stats, failures, presence, settings.api_url):
             echo(line)
@@ -92,7 +92,8 @@ def _stranded(settings: Settings) -> str:
     return f"{wait} in your own outbox; with a key, `versioner-agent flush --db {own}` delivers"
 
 
-def _json(path: str, stats: Stats, failures: Summary, presence: Presence, api_url: str) -> dict[str, Any]:
+def status_json(path: str, stats: Stats, failures: Summary, presence: Presence, api_url: str) -> dict[str, Any]:
+    """Return the documented keys."""
     from versioner_agent.damage import damage_json  # noqa: PLC0415
     from versioner_agent.groups import group_json  # noqa: PLC0415
     from versioner_agent.records import time_json  # noqa: PLC0415
@@ -101,7 +102,7 @@ def _json(path: str, stats: Stats, failures: Summary, presence: Presence, api_ur
     failure, health = stats.last_failure, stats.health
     oldest = stats.oldest_pending_at
     return {
-        "outbox": {"path": path, "bytes": stats.bytes},
+        "outbox": {"path": path, "bytes": stats.bytes, "other_machine": stats.other_machine},
         "counts": stats.counts,
         "oldest_pending_age_s": None if oldest is None else round(max(0.0, now - oldest), 1),
         "last_delivered_at": time_json(stats.last_delivered_at),
@@ -159,6 +160,8 @@ def _lines(path: str, stats: Stats, failures: Summary, presence: Presence, api_u
         words = f"{last.product_name} {last.version}: {last.reason}: {last.detail or ''}"
         notes["failed"] = f"last {last.id}: {printable(words)}"
     lines = [f"outbox       {printable(path)} ({stats.bytes / 1024:.0f} KiB)"]
+    if stats.other_machine:
+        lines.append("             made on another machine: `versioner-agent doctor` says what to do")
     if stats.damage:
         lines.append(f"DAMAGED      {age(stats.damage.at, now)}: {printable(str(stats.damage))}")
         lines.append("             `versioner-agent doctor --acknowledge` when somebody has looked at it")

@@ -1,0 +1,238 @@
+"""What support needs to see, in one archive: every text of it passes one mask, and a manifest says what is not in it.
+
+The outbox itself, the API key, the environment and the values of `extra_metadata` never are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import sqlite3
+import ssl
+import tarfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from versioner_agent import __version__, birthplace, damage, review, schema, servicing
+from versioner_agent.config import Key
+from versioner_agent.doctor import BUSY_S, Case, rows
+from versioner_agent.errors import AgentError, OutboxError, UsageError
+from versioner_agent.findings import Finding, total
+from versioner_agent.machine import Machine
+from versioner_agent.records import record_json, time_json
+from versioner_agent.review import Attempt
+from versioner_agent.storage import Store
+from versioner_agent.text import mask_keys, printable, utc_time
+
+TOP = "versioner-agent-support"
+RECORDS = 200
+BATCHES = 200
+PACKAGES = ("click", "httpx", "httpcore", "platformdirs")
+LEFT_OUT = (
+    "the outbox's file, its copies and its journal",
+    "API keys: what looks like one is masked wherever it stands, but for the account in it",
+    "passwords in URLs, of proxies above all",
+    "the values of extra_metadata in records (their names are there)",
+    f"all but the last {RECORDS} records",
+    "the environment, other than which of its variables sets what",
+    "what other programs wrote into the journal, and what is older than a day",
+)
+_SHORTEST_SECRET = 6
+
+
+class Part(NamedTuple):
+    """A file of the archive, and what of it could not be had."""
+
+    name: str
+    content: str
+    problem: str = ""
+
+
+class Mask:
+    """Takes out of a text what is secret: keys by their form, passwords in URLs, and *secrets* word for word."""
+
+    def __init__(self, secrets: Iterable[str | None]) -> None:
+        """Know *secrets* that have another form than keys."""
+        self._secrets = sorted(
+            {word for word in secrets if word and len(word) >= _SHORTEST_SECRET}, key=len, reverse=True
+        )
+
+    def __call__(self, text: str) -> str:
+        """Return *text* without them; JSON stays JSON."""
+        text = mask_keys(text)
+        for secret in self._secrets:
+            text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
+        text = re.sub(r"(VERSIONER_API_KEY\s*=\s*)[^\s\"'\\]+", r"\1***", text)
+        return re.sub(r"(://)[^/\s@\"'<>\\]+@", r"\1***@", text)
+
+
+def secrets_of(case: Case, key: str | None) -> list[str | None]:
+    """Return the words that must not leave this host: the key, and the passwords of proxies."""
+    proxies = [case.settings.proxy, *(value for name, value in case.env.items() if name.lower().endswith("_proxy"))]
+    found = [key, case.settings.api_key, case.env.get("VERSIONER_API_KEY", "").strip()]
+    for proxy in filter(None, proxies):
+        with suppress(ValueError):
+            password = urlsplit(proxy if "://" in proxy else f"http://{proxy}").password
+            found += [password, unquote(password)] if password else []
+    return found
+
+
+def refuse_existing(path: str) -> None:
+    """Raise UsageError where something is at *path* already."""
+    if os.path.lexists(path):
+        raise UsageError(f"{path} is there already; nothing was written", "name another file")
+
+
+def write(path: str, parts: Sequence[Part], mask: Mask) -> None:
+    """Write the archive, for its owner only; all of it, or nothing. Raises UsageError, AgentError."""
+    refuse_existing(path)
+    packed = _packed([_manifest(parts), *parts], mask, time.time())
+    side = f"{path}.{os.getpid()}.part"
+    try:
+        fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(packed)
+                file.flush()
+                os.fsync(fd)
+            os.rename(side, path)
+        except BaseException:
+            os.unlink(side)
+            raise
+    except OSError as exc:
+        raise AgentError(f"can't write {path}: {exc.strerror or exc}", "name a file in another place") from exc
+
+
+def _packed(parts: Iterable[Part], mask: Mask, now: float) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for part in parts:
+            data = mask(part.content).encode("utf-8", "replace")
+            entry = tarfile.TarInfo(f"{TOP}/{part.name}")
+            entry.size, entry.mtime, entry.mode = len(data), int(now), 0o600
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _manifest(parts: Sequence[Part]) -> Part:
+    lines = [f"versioner-agent {__version__}, {utc_time(time.time())}", "", "What is here:"]
+    lines += [f"  {part.name} ({len(part.content.encode('utf-8', 'replace'))} bytes)" for part in parts if part.content]
+    lines += ["", "What could not be had:"]
+    lines += [f"  {part.name}: {printable(part.problem)}" for part in parts if part.problem] or ["  nothing"]
+    lines += ["", "What was left out:", *(f"  {words}" for words in LEFT_OUT)]
+    return Part("manifest.txt", "\n".join(lines) + "\n")
+
+
+# --- the parts
+
+
+def about(case: Case, key: Key, findings: Sequence[Finding]) -> list[Part]:
+    """Return what the checks found, the settings in force, and the versions of what runs here."""
+    cells = [row.cells for row in rows(case, key)]
+    told = [f"{each.level:<8} {each.check:<14} {printable(each.finding)}" for each in findings]
+    return [
+        Part("versions.txt", _versions()),
+        Part("configuration.txt", "".join("  ".join(map(printable, row)) + "\n" for row in cells)),
+        Part("findings.txt", "\n".join([*told, total(findings)]) + "\n"),
+        Part("findings.jsonl", _lines(each._asdict() for each in findings)),
+    ]
+
+
+def _versions() -> str:
+    from importlib import metadata  # 20 ms, only for a bundle
+
+    found = {
+        "versioner-agent": __version__,
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "openssl": ssl.OPENSSL_VERSION,
+        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "distribution": "unknown",
+    }
+    with suppress(OSError):
+        found["distribution"] = platform.freedesktop_os_release().get("PRETTY_NAME", "unknown")
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # in an archive
+            found[package] = "unknown"
+    return "".join(f"{name} {version}\n" for name, version in found.items())
+
+
+def of_service(machine: Machine) -> list[Part]:
+    """Return the units and the journal; what can't be had is said."""
+    if not machine.has_systemd:
+        problem = "systemd is not running here"
+        return [Part("units.txt", "", problem), Part("journal.txt", "", problem)]
+    units, journal = servicing.units(machine), servicing.journal(machine)
+    return [Part("units.txt", *units), Part("journal.txt", *journal)]
+
+
+def of_outbox(case: Case) -> list[Part]:
+    """Return the last records and the batches that crossed an air gap; what can't be read is said."""
+    if why := case.unknown("db"):
+        return [Part("records.jsonl", "", why)]
+    with closing(Store(case.settings.db, min(case.settings.busy_timeout, BUSY_S))) as store:
+        return [_part("records.jsonl", lambda: _records(store)), _part("batches.jsonl", lambda: _batches(store))]
+
+
+def _part(name: str, make: Any) -> Part:
+    try:
+        return Part(name, _lines(make()))
+    except OutboxError as exc:
+        return Part(name, "", exc.message)
+
+
+def _records(store: Store) -> list[dict[str, Any]]:
+    found = []
+    for page in review.select(store, limit=RECORDS):
+        for each in page:
+            shown = review.show(store, each.id)
+            if shown is not None:  # else it was pruned meanwhile
+                record, payload, attempts = shown
+                log = [_attempt_json(attempt) for attempt in attempts]
+                found.append({**record_json(record), "payload": without_values(payload), "attempt_log": log})
+    return found
+
+
+def without_values(payload: bytes) -> Any:
+    """Return an event's fields, the values of `extra_metadata` replaced; None for what is no JSON object."""
+    try:
+        fields = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    if "extra_metadata" in fields:
+        given = fields["extra_metadata"]
+        fields["extra_metadata"] = dict.fromkeys(given, "***") if isinstance(given, dict) else "***"
+    return fields
+
+
+def _attempt_json(attempt: Attempt) -> dict[str, Any]:
+    return {**attempt._asdict(), "at": time_json(attempt.at)}
+
+
+def _batches(store: Store) -> list[dict[str, Any]]:
+    """Return what was exported and imported; the names are the tables' own."""
+    found: list[dict[str, Any]] = []
+    with store.read() as connection:
+        other_machine = birthplace.is_elsewhere(store, connection)
+        noted = damage.damage_json(damage.noted(connection))
+        found.append({"schema": store.version, "other_machine": other_machine, "damage": noted})
+        if store.version >= schema.EXPORTS_SINCE:
+            for table in ("export", "arrival"):
+                cursor = connection.execute(f"SELECT * FROM {table} ORDER BY id DESC LIMIT {BATCHES}")  # noqa: S608
+                names = [column[0] for column in cursor.description]
+                found += [{"table": table, **dict(zip(names, row, strict=True))} for row in cursor.fetchall()]
+    return found
+
+
+def _lines(values: Iterable[Any]) -> str:
+    return "".join(json.dumps(value, default=str) + "\n" for value in values)
