@@ -39,6 +39,7 @@ ALLOWED = {
     "reserve": {"creation", "files", "storage"},
     "settling": {"outcomes", "policy", "records", "reserve", "storage", "text"},
     "batches": {"storage"},
+    "pruning": {"errors", "files", "reserve", "schema", "storage"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -46,8 +47,8 @@ ALLOWED = {
     "mending": {"creation", "damage", "errors", "files", "locks", "salvage", "storage"},
     "migration": {"creation", "errors", "files", "schema", "storage"},
     "ledger": {
-        "batches", "damage", "errors", "files", "mending", "migration", "outbox", "records", "reserve", "settling",
-        "schema", "storage", "text",
+        "batches", "damage", "errors", "files", "mending", "migration", "outbox", "pruning", "records", "reserve",
+        "schema", "settling", "storage", "text",
     },
     "review": {"damage", "ledger", "outbox", "records", "schema", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
@@ -69,9 +70,11 @@ ALLOWED = {
     "program": {"errors", "units"},
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
+    "upkeep": {"ledger"},
     "reports": {"ledger", "outbox", "outcomes", "settling", "text"},
     "flusher": {
         "chooser", "errors", "files", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
+        "upkeep",
     },
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},
     "opening": {"files", "ledger", "locks"},
