@@ -7,6 +7,7 @@ one of them.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from versioner_agent.ledger import Ledger
 
@@ -18,9 +19,10 @@ SHORTEST_REST_S = 0.005  # between two steps
 class Upkeep:
     """Looks after one outbox; called only while nothing is to be sent. Times are monotonic seconds."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
         """Look after the outbox of *ledger*; due at once."""
         self._ledger = ledger
+        self._clock = clock
         self._look_at = 0.0
         self.step_at = 0.0  # when the next step is due
         self.is_more = False  # the last step was not the last one
@@ -44,9 +46,9 @@ class Upkeep:
         """
         if now < self.step_at:
             return
-        started = time.monotonic()
+        started = self._clock()
         self.is_more = self._prune(now, server_ahead_s, retention_days) or self._ledger.give_space_back()
-        ended = time.monotonic()
+        ended = self._clock()
         rest_s = max(SHORTEST_REST_S, ended - started)
         self.step_at = now + (ended - began) + rest_s if self.is_more else self._look_at
 
