@@ -160,8 +160,8 @@ class Flusher:
             self._chooser.look_again()  # a key may have been taken up and not sent
         if self._has_batches and not self._paused_until:
             return now
-        due = (self._pace.next_due(now), self._upkeep.step_at)
-        return min(now + POLL_S, *(at for at in due if at is not None and at > now))
+        due = (now + POLL_S, self._pace.next_due(now), self._upkeep.step_at)
+        return min(at for at in due if at is not None and at > now)
 
     def finish(self, grace_s: float) -> int:
         """Wait up to *grace_s* for requests under way and settle them; returns how many remain unanswered."""
