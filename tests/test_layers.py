@@ -50,6 +50,7 @@ ALLOWED = {
     "importlines": {"bodies", "errors", "events", "exportfile", "values"},
     "importfile": {"bodies", "errors", "exportfile", "files", "importlines", "values"},
     "birthplace": {"hostid", "schema", "storage"},
+    "pruning": {"errors", "files", "reserve", "schema", "storage"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -57,7 +58,7 @@ ALLOWED = {
     "mending": {"creation", "damage", "errors", "files", "locks", "salvage", "storage"},
     "migration": {"creation", "errors", "files", "schema", "storage"},
     "ledger": {
-        "batches", "damage", "errors", "exports", "files", "mending", "migration", "outbox", "records", "reserve",
+        "batches", "damage", "errors", "exports", "files", "mending", "migration", "outbox", "pruning", "records", "reserve",
         "settling", "schema", "storage", "text",
     },
     "exports": {"batches", "records", "schema", "storage"},
@@ -97,10 +98,11 @@ ALLOWED = {
     "program": {"errors", "units"},
     # Level 2, services.
     "chooser": {"ledger", "policy", "records"},
+    "upkeep": {"ledger"},
     "reports": {"events", "groups", "ledger", "outbox", "outcomes", "records", "settling", "text"},
     "flusher": {
         "chooser", "errors", "files", "ledger", "outbox", "outcomes", "policy", "records", "reports", "settling", "text",
-        "workers",
+        "upkeep", "workers",
     },
     "workers": {"outcomes", "records"},
     "binding": {"config", "delivery", "errors", "flusher", "ledger", "outbox", "text", "urls"},

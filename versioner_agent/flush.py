@@ -29,6 +29,7 @@ from versioner_agent.storage import OutboxMissing, Store
 
 #: Why nothing is sent though something is pending.
 HELD = "exported records of the same products go first: a receipt, `retry` or `discard` of those lets them go"
+TIDY_S = 1.0  # that a flush goes on forgetting what is old when all is delivered
 HAND_OVER_GRACE_S = 4.0  # what requests under way get when an agent waits: it is promised its turn within 5 s
 
 
@@ -122,16 +123,23 @@ def _drain(
     refused: dict[int, Record] = {}
     started = time.time()
 
-    def is_drained(flusher: Flusher) -> bool:
+    tidy_until = end
+
+    def is_done(flusher: Flusher) -> bool:
+        nonlocal tidy_until
         on_progress(_pending_or_none(ledger))
-        return flusher.is_drained() or (not flusher.is_busy() and _are_all_held(ledger))
+        if flusher.is_drained():
+            # Where no agent runs, nobody else forgets what is old.
+            tidy_until = min(tidy_until, time.monotonic() + TIDY_S)
+            return not flusher.is_tidying() or time.monotonic() >= tidy_until
+        return not flusher.is_busy() and _are_all_held(ledger)
 
     def keep(record: Record) -> None:
         refused.setdefault(record.id, record)
 
     while True:
         if not sharing and take_turn(lock):
-            turn = deliver(ledger, lock, settings, env, end, is_drained, on_failed=keep)
+            turn = deliver(ledger, lock, settings, env, end, is_done, on_failed=keep)
             if turn.signal or not turn.is_handed_over:
                 why = (HELD if _are_all_held(ledger) else "") or in_trouble(ledger.destination()[1]) or turn.why
                 break

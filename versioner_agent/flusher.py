@@ -25,6 +25,7 @@ from versioner_agent.policy import Counters, Limits, Pace, decide
 from versioner_agent.records import Record, is_intact
 from versioner_agent.reports import log_destination, log_failure, log_settlement
 from versioner_agent.settling import Settlement
+from versioner_agent.upkeep import MAX_CLOCK_SKEW_S, Upkeep
 from versioner_agent.workers import Answer, Sender, Workers
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1  # how often the file is looked at for new events
 LOOK_S = 2.0  # how often the outbox is asked, whatever the file's times say
 REWRITE_S = 1.0  # pause before a commit that failed is tried again
-MAINTENANCE_S = 60.0
-MAX_CLOCK_SKEW_S = 86_400.0
 CONDEMNED_A_STEP = 10
 MEND_S = 60.0  # from one replacement of a damaged outbox to the next
 
@@ -86,7 +85,8 @@ class Flusher:
         self._seen_version: int | None = None
         self._look_at = 0.0
         self._mend_at = 0.0
-        self._maintain_at = 0.0
+        self._upkeep = Upkeep(ledger)
+        self._stepped_at = 0.0  # when the step began
         self._left_over: int | None = None
         self._server_ahead_s: float | None = None  # the API's clock less the monotonic one
         self._has_verdict = False
@@ -125,6 +125,7 @@ class Flusher:
 
     def step(self, now: float) -> float:
         """Settle what arrived, send what may be sent; returns when to come again at the latest (monotonic seconds)."""
+        self._stepped_at = time.monotonic()
         try:
             if self._arrived or (self._unwritten and now >= self._rewrite_at):
                 self._settle(now)
@@ -147,8 +148,8 @@ class Flusher:
             self._chooser.look_again()  # a key may have been taken up and not sent
         if self._has_batches and not self._paused_until:
             return now
-        due = self._pace.next_due(now)
-        return min(now + POLL_S, due) if due is not None and due > now else now + POLL_S
+        due = (now + POLL_S, self._pace.next_due(now), self._upkeep.step_at)
+        return min(at for at in due if at is not None and at > now)
 
     def rest(self, *, is_resting: bool) -> None:
         """Send nothing new while *is_resting*; what is under way is settled as ever."""
@@ -183,6 +184,10 @@ class Flusher:
             return not self._busy and not self._unwritten and self._ledger.pending() == 0
         except OutboxError:
             return False  # the loop meets the same error and says so
+
+    def is_tidying(self) -> bool:
+        """Tell whether there is more that is old, or more space to give back, than there has been time for."""
+        return self._upkeep.is_more
 
     def _mend(self, found: OutboxDamaged, now: float) -> None:
         """Go on with what can be saved; a disk that damages file after file must not be filled with them."""
@@ -358,25 +363,8 @@ class Flusher:
 
     def _maintain(self, now: float) -> None:
         """Look after the file, in small steps and only while nothing is to be sent."""
-        if now < self._maintain_at or self._busy or self._chooser.has_ready():
+        if self._busy or self._chooser.has_ready():
             return
-        self._maintain_at = now + MAINTENANCE_S
-        wall = time.time()
-        self._ledger.store.keep_rollback_journal()
-        self._ledger.sweep_batches(wall)
-        self._ledger.keep_reserve()
-        self._ledger.check()
-        self._look_for_leftovers(now)
-        if self._prune(now, wall):
-            self._ledger.give_space_back()
-            self._maintain_at = now + POLL_S
-
-    def _prune(self, now: float, wall: float) -> int:
-        """Remove a step of what is old; returns how many records."""
-        is_known = self._server_ahead_s is not None
-        if is_known and abs(wall - now - (self._server_ahead_s or 0.0)) > MAX_CLOCK_SKEW_S:
-            return 0  # a host that boots a year ahead must not lose its window
-        pruned = self._ledger.prune(wall - self._options.retention_days * 86_400) if is_known else 0
-        if self._options.exported_retention_days:  # where nothing is ever heard from the API, our clock has to do
-            pruned += self._ledger.prune_exported(wall - self._options.exported_retention_days * 86_400)
-        return pruned
+        if self._upkeep.look(now):
+            self._look_for_leftovers(now)
+        self._upkeep.step(now, self._stepped_at, self._server_ahead_s, self._options)

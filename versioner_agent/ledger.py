@@ -17,6 +17,7 @@ from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.outbox import Destination
+from versioner_agent.pruning import Pruner
 from versioner_agent.records import COLUMNS, Record, as_record, number, text
 from versioner_agent.schema import ALL_STATES
 from versioner_agent.settling import Settlement
@@ -25,9 +26,8 @@ from versioner_agent.text import bounded
 
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
 HELD_SEEKS = 20  # reads that looking for one key that is not held may take
-PRUNE_STEP = 200
+EXPORTED_STEP = 200  # records of a batch that one transaction removes
 BATCH_ABANDONED_S = 3600.0
-KEPT_FREE_BYTES = 8 * RESERVE_BYTES
 BRIEF_CHARS = 200  # of the API's words, on a full disk
 
 
@@ -72,6 +72,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         """Use *store*, which belongs to the calling thread."""
         self.store = store
+        self._pruner = Pruner(store)
         #: Wrapped around what takes long, with its name: somebody may be waiting for a sign of life.
         self.at_length: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
 
@@ -279,21 +280,12 @@ class Ledger:
                 pass
 
     def prune(self, before: float) -> int:
-        """Remove one small step of delivered and discarded records settled before *before*; returns how many."""
-        return self._step(lambda step: self._prune(before, step), PRUNE_STEP)
+        """Remove one small step of what is over since *before*; returns how many records. See `pruning`."""
+        return self._pruner.prune(before)
 
     def prune_exported(self, before: float) -> int:
-        """Remove one small step of exported records in batches made before *before*; returns how many."""
-        return self._step(lambda step: exports.prune(self.store, before, step), PRUNE_STEP)
-
-    def _prune(self, before: float, step: int) -> int:
-        with self.store.read() as connection:
-            rows = connection.execute(FIND_OLD, (before, step)).fetchall()
-        if rows:
-            with self.store.write() as connection:
-                for row in rows:
-                    connection.execute(PRUNE, row)
-        return len(rows)
+        """Remove one step of exported records in batches made before *before*; returns how many."""
+        return self._step(lambda step: exports.prune(self.store, before, step), EXPORTED_STEP)
 
     def _step(self, act: Callable[[int], Done], step: int) -> Done:
         """Do *act* with so many records at once, on a full disk with one, for which its journal has room."""
@@ -303,11 +295,9 @@ class Ledger:
             reserve.give_up(self.store)
             return act(1)
 
-    def give_space_back(self) -> None:
-        """Return a step of free pages to the file system, but for those that new events can use on a full disk."""
-        if self.store.free_pages() > KEPT_FREE_BYTES:
-            with self.store.write() as connection:
-                connection.execute("PRAGMA incremental_vacuum(64)").fetchall()
+    def give_space_back(self) -> bool:
+        """Return a step of free pages to the file system; False when there are no more to return."""
+        return self._pruner.give_space_back()
 
     def keep_reserve(self) -> None:
         """Make the space that recording deliveries needs on a full disk, where it is missing and there is room."""
@@ -383,9 +373,3 @@ UNBIND = """
 """
 # What waits was published, whatever has become of that bit.
 FIND_ABANDONED = "SELECT id FROM batch WHERE published = 0 AND waiting = 0 AND created_at < ?"
-FIND_OLD = """
-    SELECT id FROM record
-    WHERE settled_at < ? AND settled_at IS NOT NULL AND state IN ('delivered', 'discarded')
-    ORDER BY settled_at LIMIT ?
-"""
-PRUNE = "DELETE FROM record WHERE id = ?"

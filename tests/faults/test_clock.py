@@ -14,9 +14,10 @@ from host import eventually
 from scripted import accepted
 
 from versioner_agent import Outbox, review
-from versioner_agent.flusher import MAINTENANCE_S, Flusher, Options
+from versioner_agent.flusher import Flusher, Options
 from versioner_agent.ledger import Ledger
 from versioner_agent.storage import Store
+from versioner_agent.upkeep import MAINTENANCE_S
 
 HOUR, DAY, YEAR = 3600, 86_400, 365 * 86_400
 START = "2026-12-01"

@@ -13,11 +13,12 @@ from bench import CONFLICT, DELIVERED, HERE, LIMITED, PATIENCE_S, POISON, SILENC
 
 from versioner_agent import chooser, policy, review
 from versioner_agent.errors import OutboxBusy, OutboxError
-from versioner_agent.flusher import LOOK_S, MAINTENANCE_S, REWRITE_S, Flusher, Options
+from versioner_agent.flusher import LOOK_S, REWRITE_S, Flusher, Options
 from versioner_agent.ledger import Seek
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import Outcome, no_key
 from versioner_agent.storage import Store
+from versioner_agent.upkeep import MAINTENANCE_S
 
 # --- order
 

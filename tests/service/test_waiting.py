@@ -13,7 +13,7 @@ import pytest
 from host import KEY, free_port
 from scripted import accepted, answer, dripped, hanging, refused
 
-from versioner_agent import config, flusher, review, waiting
+from versioner_agent import config, review, upkeep, waiting
 from versioner_agent import flush as flushing
 from versioner_agent import outbox as outboxes
 from versioner_agent.events import validate
@@ -302,7 +302,7 @@ def test_a_batch_that_was_never_handed_over_is_sent_too(place, serve, monkeypatc
 
 
 def test_looking_after_the_file_does_not_take_what_is_not_shown_for_damage(place, serve, monkeypatch, caplog):
-    monkeypatch.setattr(flusher, "MAINTENANCE_S", 0.0)
+    monkeypatch.setattr(upkeep, "MAINTENANCE_S", 0.0)
     place.queue("other")
     ids = place.queue("payments")
     before = os.stat(place.path).st_ino

@@ -216,24 +216,6 @@ def test_first_verdict_binds_the_outbox(outbox, ledger):
     assert ledger.destination()[0] == Destination("https://other", "umbrella")
 
 
-def test_prune_removes_old_delivered_and_discarded_in_steps(outbox, ledger, monkeypatch):
-    monkeypatch.setattr(ledger_module, "PRUNE_STEP", 3)
-    ids = queue(outbox, *["a"] * 9)
-    for record_id in ids[:5]:
-        settle(ledger, record_id, DELIVERED, at=NOW - 100)
-    settle(ledger, ids[5], CONFLICT, at=NOW - 100)
-    settle(ledger, ids[6], DELIVERED, at=NOW)
-    review.discard(ledger.store, [ids[7]], pending_too=True)
-    run(ledger.store, "UPDATE record SET settled_at = ? WHERE id = ?", NOW - 200, ids[7])
-
-    assert [ledger.prune(NOW) for _ in range(3)] == [3, 3, 0]
-    left = [record.id for page in review.select(ledger.store) for record in page]
-    assert left == [ids[8], ids[6], ids[5]]
-    with ledger.store.read() as connection:
-        attempts = connection.execute("SELECT DISTINCT record_id FROM attempt ORDER BY 1").fetchall()
-    assert attempts == [(ids[5],), (ids[6],)]
-
-
 def test_ids_are_never_used_again(outbox, ledger):
     queue(outbox, "a")
     settle(ledger, 1, DELIVERED)

@@ -1,0 +1,142 @@
+"""Forgetting what is old and giving its space back, in steps that nobody who queues has to wait for.
+
+What goes: delivered and discarded records that were settled before a given time; of those that were imported, the ones
+whose verdict was told before it. What waits, failed, is exported or is still to be told stays, however old. Batches
+that were imported stay known for good: a file that turns up again must add nothing. Used only by whoever holds the
+flusher lock.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+
+from versioner_agent.errors import OutboxFull
+from versioner_agent.files import RESERVE_BYTES
+from versioner_agent.reserve import give_up
+from versioner_agent.schema import EXPORTS_SINCE
+from versioner_agent.storage import Store
+
+#: What one transaction should take (seconds); nobody's may take over 0.1 (see `storage`).
+AIM_S = 0.025
+FIRST_STEP = 32
+MOST_STEP = 1000
+#: Payloads that one transaction removes at most (bytes): their pages are wiped, and kept in the journal until then.
+STEP_BYTES = 1024 * 1024
+#: Free space inside the file that is kept, for new events can use it on a full disk.
+KEPT_FREE_BYTES = 8 * RESERVE_BYTES
+#: So long a batch that was written and never marked stays known (seconds): somebody may still say that it arrived.
+OPEN_KEPT_S = 400 * 86_400.0
+EXPORTS_A_LOOK = 100
+
+
+def next_step(done: int, taken_s: float) -> int:
+    """Return how much fits into the next transaction, after one that did *done* took *taken_s*; at least 1.
+
+    It is believed at once that the disk has become slower, and doubled at most when it is faster.
+    """
+    fits = int(done * AIM_S / taken_s) if taken_s > 0 else MOST_STEP
+    return max(1, min(fits, 2 * done, MOST_STEP))
+
+
+class Pruner:
+    """Removes from one outbox; remembers how much a transaction may do here."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        """Remove from *store*, which belongs to the calling thread; *clock* counts seconds."""
+        self._store = store
+        self._clock = clock
+        self._records = FIRST_STEP
+        self._pages = FIRST_STEP
+        self._exports_from = 0
+
+    def prune(self, before: float) -> int:
+        """Remove one step of what was settled, or told, before *before* (seconds since 1970); returns how many."""
+        rows = self._old(before)
+        if not rows:
+            self._forget_exports(before)
+            return 0
+        try:
+            return self._remove(rows)
+        except OutboxFull:  # its journal has room for one
+            give_up(self._store)
+            return self._remove(rows[:1])
+
+    def give_space_back(self) -> bool:
+        """Return one step of free pages to the file system, but for KEPT_FREE_BYTES; False when there are no more.
+
+        On a full disk it may find no room for its journal: then nothing happens, for new events use those pages.
+        """
+        if self._store.free_pages() <= KEPT_FREE_BYTES:
+            return False
+        try:
+            with self._store.write() as connection:
+                started = self._clock()
+                connection.execute(f"PRAGMA incremental_vacuum({self._pages})").fetchall()
+        except OutboxFull:
+            self._pages = 1
+            return False
+        self._pages = next_step(self._pages, self._clock() - started)
+        return True
+
+    def _old(self, before: float) -> list[tuple[int, int]]:
+        """Return ids and sizes of records that may go, as many as one transaction should take."""
+        with self._store.read() as connection:
+            if self._store.version < EXPORTS_SINCE:
+                return []  # not upgraded yet: nothing is delivered from it either
+            rows = connection.execute(FIND_OLD, (before, self._records)).fetchall()
+            return rows or connection.execute(FIND_TOLD, (before, self._records)).fetchall()
+
+    def _forget_exports(self, before: float) -> None:
+        """Forget some batches written before *before* of which no record is exported any more; the newest is kept."""
+        with self._store.read() as connection:
+            if self._store.version < EXPORTS_SINCE:
+                return
+            rows = connection.execute(LOOK_AT_EXPORTS, (self._exports_from, EXPORTS_A_LOOK)).fetchall()
+        self._exports_from = rows[-1][0] if len(rows) == EXPORTS_A_LOOK else 0
+        until = {"marked": before, "open": before - OPEN_KEPT_S}
+        old = [(each,) for each, state, at, is_used in rows if not is_used and at < until.get(state, at)]
+        if old:
+            with self._store.write() as connection:
+                connection.executemany(FORGET_EXPORT, old)
+
+    def _remove(self, rows: list[tuple[int, int]]) -> int:
+        """Remove as many of *rows* as one transaction has time and room for, at least one; returns how many."""
+        done = size = 0
+        with self._store.write() as connection:
+            started = self._clock()
+            for record_id, length in rows:
+                size += length
+                if done and (size > STEP_BYTES or self._clock() - started > AIM_S):
+                    break
+                self._remove_one(connection, record_id)
+                done += 1
+        taken_s = self._clock() - started
+        if done == self._records or taken_s > AIM_S:
+            self._records = next_step(done, taken_s)
+        return done
+
+    def _remove_one(self, connection: sqlite3.Connection, record_id: int) -> None:
+        """Remove a record, looking at its state again; one that was told and is not over is to be told again."""
+        is_found = connection.execute(PRUNE, (record_id,)).rowcount or connection.execute(UNTELL, (record_id,)).rowcount
+        if not is_found:  # and would be looked at for ever
+            raise self._store.suspected(f"the index of old records is wrong about record {record_id}")
+
+
+FIND_OLD = """
+    SELECT id, length(payload) FROM record INDEXED BY record_prunable
+    WHERE settled_at < ? AND state IN ('delivered', 'discarded') AND origin IS NULL ORDER BY settled_at LIMIT ?
+"""
+FIND_TOLD = """
+    SELECT record_id, COALESCE(length(payload), 0) FROM told INDEXED BY told_at LEFT JOIN record ON id = record_id
+    WHERE at < ? ORDER BY at LIMIT ?
+"""
+PRUNE = "DELETE FROM record WHERE id = ? AND state IN ('delivered', 'discarded')"
+UNTELL = "DELETE FROM told WHERE record_id = ?"
+LOOK_AT_EXPORTS = """
+    SELECT id, state, created_at, id = (SELECT max(id) FROM export) OR EXISTS (
+        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
+    ) FROM export WHERE id > ? ORDER BY id LIMIT ?
+"""
+FORGET_EXPORT = "DELETE FROM export WHERE id = ?"
