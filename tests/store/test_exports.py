@@ -15,9 +15,10 @@ from host import COMMAND
 from versioner_agent import damage, events, exports, review
 from versioner_agent.config import load
 from versioner_agent.exporting import export, export_to, mark
-from versioner_agent.flusher import LOOK_S, MAINTENANCE_S
+from versioner_agent.flusher import LOOK_S
 from versioner_agent.ledger import Ledger
 from versioner_agent.storage import Store
+from versioner_agent.upkeep import MAINTENANCE_S
 
 BUILD = {"status": "completed"}
 
