@@ -16,7 +16,7 @@ from versioner_agent.records import number, text
 from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
 
-PAGE = 500  # failures one read looks at
+PAGE = 200  # failures one read looks at
 MOST_PAYLOAD = 256 * 1024  # bytes; no event is larger
 _PEOPLE = ("built_by_name", "built_by", "deployed_by_name", "deployed_by")
 _LINKS = ("build_url", "deploy_url")

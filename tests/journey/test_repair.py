@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
-from host import eventually
+from host import COMMAND, eventually
+from recipes import follow, recipe
 from scripted import accepted, answer, refused
 
 from versioner_agent.sandbox import Sandbox
@@ -124,3 +126,63 @@ def test_only_what_is_corrected_is_sent_again(host_for, serve):
     assert host.counts() == {"delivered": 5, "discarded": 3}
     assert [each.event["version"] for each in server.requests if each.product == "pay"] == ["1", "2", "1", "2", "3"]
     assert len({each.key for each in server.requests}) == 8
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """The variables of a host's shell, with the command on its PATH."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    script = directory / "versioner-agent"
+    script.write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
+    script.chmod(0o755)
+    return lambda host: {**host.env, "PATH": f"{directory}:{host.env['PATH']}"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="README's recipes are for a shell")
+def test_the_repair_of_readme_works_as_written(host_for, shell):
+    with Sandbox() as sandbox:
+        host = host_for(sandbox.url)
+        first = {"version": "1.2.3", "product_name": "my-service", "status": "completed"}
+        host._outbox.enqueue("build", {**first, "scm_sha": "abc"})
+        second = {
+            **first,
+            "scm_sha": "fff",
+            "build_url": "https://ci.example.com/7",
+            "built_by": "alice",
+            "invoke_id": "7",
+        }
+        for status in ("started", "completed"):
+            host._outbox.enqueue("build", {**second, "status": status})
+        host.run("flush")
+        looked = follow("repair: look", host.directory, env=shell(host)).stdout
+        amended = follow("repair: amend", host.directory, env=shell(host)).stdout
+        follow("repair: others", host.directory, env=shell(host))
+
+    assert "my-service 1.2.3: 2 refused (conflict), first by alice (record 2) https://ci.example.com/7\n" in looked
+    assert "amended as   4" in amended
+    assert host.counts() == {"delivered": 3, "discarded": 2}
+    assert [each["payload"]["status"] for each in sandbox.events] == ["completed", "started", "completed"]
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="README's recipe needs bash and curl")
+def test_what_readme_posts_is_posted_once_and_kept_while_it_can_not_be(host_for, serve, shell):
+    host = host_for(serve(lambda _: refused(422)).url)
+    host.queue("pay", 2)
+    host.run("flush")
+    hook = serve(lambda seen: answer(500) if seen.number == 0 else answer(200))
+    how = {"env": shell(host), "instead": {"https://chat.example.com": hook.url}, "check": False}
+    done = [follow("told: post", host.directory, **how).returncode for _ in range(3)]
+
+    assert done[0] != 0
+    assert done[1:] == [0, 0]
+    posts = [[json.loads(line)["id"] for line in each.body.splitlines()] for each in hook.requests]
+    assert posts == [[1, 2], [1, 2]]
+
+
+def test_the_mail_of_readme_is_a_command(host_for):
+    line = recipe("told: mail").splitlines()[-1]
+    host = host_for()
+    host.queue("pay")
+
+    assert host.run(*line.partition("/versioner-agent ")[2].split()).returncode == 0
