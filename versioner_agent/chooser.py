@@ -14,6 +14,7 @@ from versioner_agent.records import Record
 
 WINDOW = 1000  # keys remembered as ready
 REFILL = 64  # keys one refill looks for
+REFILLS_IN_VAIN = 20  # one after the other, some milliseconds each: exported records may hold very many keys
 
 
 class Chooser:
@@ -69,8 +70,10 @@ class Chooser:
         return None
 
     def _next_ready(self, busy: set[str]) -> tuple[Record, bytes] | None:
-        while self._ready or self._refill(busy):
+        in_vain = 0
+        while self._ready or (in_vain < REFILLS_IN_VAIN and self._refill(busy)):
             if not self._ready:
+                in_vain += 1
                 continue
             key = next(iter(self._ready))
             del self._ready[key]

@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
 from versioner_agent import __version__, exports
@@ -35,6 +35,7 @@ LENDING_S = 15.0
 SHORTEST_NAME = 8
 MOST = 2**63 - 1  # records, where no limit is given
 IDS_SHOWN = 20
+OLD_STEPS = 50  # of old batches that an export removes
 
 
 class Exported(NamedTuple):
@@ -75,6 +76,7 @@ def export(settings: Settings, path: str, *, product: str | None = None, limit: 
             new.place()
             with _owned(store):
                 _mark(ledger, lock, batch, new.path)
+                _give_up_old(ledger, settings.exported_retention_days)
             return batch.exported(new.path)
 
 
@@ -280,6 +282,15 @@ def _mark(ledger: Ledger, lock: FlusherLock, batch: _Batch, path: str) -> None:
             f"; {path} is complete, but nothing was marked as exported: its records will be sent from here too"
         )
         raise
+
+
+def _give_up_old(ledger: Ledger, days: float) -> None:
+    """Remove old batches whose fate nobody will tell, a part of them at a time: here there may be no agent."""
+    before = time.time() - days * 86_400
+    with suppress(OutboxError):  # the export is done
+        for _ in range(OLD_STEPS):
+            if not days or not ledger.prune_exported(before):
+                return
 
 
 @contextmanager

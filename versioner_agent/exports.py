@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from versioner_agent.batches import CHUNK, CHUNK_BYTES
+from versioner_agent.batches import CHUNK_BYTES
 from versioner_agent.records import COLUMNS, Record, as_record, is_intact, number, text
 from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
 
+STEP = 250  # records that one transaction claims or turns: their rows are written anew
 UNFINISHED_KEPT_S = 3600.0  # a batch whose writer must be gone
 OPEN_KEPT_S = 30 * 86_400.0  # one that was written and may still be marked
 ANSWERED_KEPT = 1000  # batches of which nothing is awaited any more, the newest
@@ -101,40 +102,47 @@ def begin(store: Store, product: str | None, now: float) -> Export:
 
 def claim(store: Store, export: Export, after: int, step: int, now: float) -> Claimed:
     """Claim up to *step* pending records behind the id *after*, in one transaction; fails those that are damaged."""
+    query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
+    named = {"product": export.product_name, "after": after, "until": MAX_ID, "limit": step}
+    with store.write() as connection:
+        rows = _fitting(connection.execute(query, named))
+        claimed = connection.executemany(CLAIM, [(-export.id, row[0]) for row in rows]).rowcount
+        if rows and claimed != len(rows):
+            raise store.suspected("the index of pending records names others")
     intact: list[tuple[Record, bytes]] = []
     damaged: list[Record] = []
+    for record, payload in map(_as_found, rows):  # outside of the transaction, for others want to write
+        if is_intact(record, payload):
+            intact.append((record, payload))
+        else:
+            damaged.append(record)
+            _condemn(store, export, record, now)
+    return Claimed(intact, damaged, rows[-1][0] if rows else after, not rows)
+
+
+def _condemn(store: Store, export: Export, record: Record, now: float) -> None:
     with store.write() as connection:
-        rows, is_end = _next_rows(connection, export.product_name, after, step)
-        for record, payload in rows:
-            if is_intact(record, payload):
-                intact.append((record, payload))
-            else:
-                damaged.append(record)
-        claimed = connection.executemany(CLAIM, [(-export.id, record.id) for record, _ in intact]).rowcount
-        if intact and claimed != len(intact):
-            raise store.suspected("the index of pending records names others")
-        for record in damaged:
-            if connection.execute(CONDEMN, {"now": now, "detail": DAMAGED, "id": record.id}).rowcount != 1:
-                raise store.suspected(f"the damaged record {record.id} can't be marked as such")
-    return Claimed(intact, damaged, rows[-1][0].id if rows else after, is_end)
+        named = {"now": now, "detail": DAMAGED, "id": record.id, "batch": -export.id}
+        is_done = connection.execute(CONDEMN, named).rowcount > 0
+        if not is_done and connection.execute(IS_PENDING, (record.id,)).fetchone():
+            raise store.suspected(f"the damaged record {record.id} can't be marked as such")
 
 
-def _next_rows(
-    connection: sqlite3.Connection, product: str | None, after: int, step: int
-) -> tuple[list[tuple[Record, bytes]], bool]:
-    """Return the next records with payloads, as many as one transaction takes, and whether those were the last."""
-    query = (NEXT_OF_PRODUCT if product is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
-    cursor = connection.execute(query, {"product": product, "after": after, "until": MAX_ID, "limit": step})
-    rows: list[tuple[Record, bytes]] = []
+def _fitting(cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
+    """Fetch as many rows, which end in a payload, as one step takes: large ones are written slowly."""
+    rows: list[tuple[Any, ...]] = []
     size = 0
     for row in cursor:
-        payload = row[-1] if isinstance(row[-1], bytes) else str(row[-1]).encode()
-        size += len(payload)
+        size += len(row[-1]) if isinstance(row[-1], bytes) else 0
         if rows and size > CHUNK_BYTES:
-            cursor.close()
-            return rows, False
-        rows.append((as_record(row[:-1]), payload))
-    return rows, len(rows) < step
+            break
+        rows.append(row)
+    cursor.close()
+    return rows
+
+
+def _as_found(row: tuple[Any, ...]) -> tuple[Record, bytes]:
+    return as_record(row[:-1]), row[-1] if isinstance(row[-1], bytes) else str(row[-1]).encode()
 
 
 def close(store: Store, export: Export, written: Written) -> None:
@@ -154,7 +162,7 @@ def drop(store: Store, export: Export) -> None:
 def mark(store: Store, export: Export, written: Written, waiting: int, file: str | None) -> None:
     """Let all that is claimed count as exported, *waiting* records; raises OutboxError."""
     with store.write() as connection:
-        named = {**written._asdict(), "id": export.id, "waiting": waiting, "file": file}
+        named = {**written._asdict(), "id": export.id, "waiting": waiting, "file": file and _storable(file)}
         if connection.execute(MARK, named).rowcount != 1:
             raise store.suspected(f"the batch {export.id} is gone")
 
@@ -171,7 +179,7 @@ def count_claimed(store: Store, export: Export) -> int:
         after = seen[-1][0]
 
 
-def hand_over(store: Store, step: int = CHUNK) -> bool:
+def hand_over(store: Store, step: int = STEP) -> bool:
     """Turn one *step* of a batch that is being marked into exported records; False when there is none left."""
     with store.read() as connection:
         if not has_tables(store) or not is_marking(connection):
@@ -201,26 +209,22 @@ def exported(store: Store, export: Export) -> Iterator[list[tuple[Record, bytes]
     after = 0
     while True:
         with store.read() as connection:
-            cursor = connection.execute(EXPORTED_OF, (-export.id, after, CHUNK))
-            rows: list[tuple[Record, bytes]] = []
-            size = 0
-            for row in cursor:
-                payload = row[-1] if isinstance(row[-1], bytes) else str(row[-1]).encode()
-                size += len(payload)
-                rows.append((as_record(row[:-1]), payload))
-                if size > CHUNK_BYTES:
-                    break
-            cursor.close()
+            rows = _fitting(connection.execute(EXPORTED_OF, (-export.id, after, STEP)))
         if not rows:
             return
-        after = rows[-1][0].id
-        yield rows
+        after = rows[-1][0]
+        yield [_as_found(row) for row in rows]
 
 
 def rewritten(store: Store, export: Export, digest: str, file: str) -> None:
     """Note where a marked batch was written once more."""
     with store.write() as connection:
-        connection.execute("UPDATE export SET digest = ?, file = ? WHERE id = ?", (digest, file, export.id))
+        connection.execute("UPDATE export SET digest = ?, file = ? WHERE id = ?", (digest, _storable(file), export.id))
+
+
+def _storable(path: str) -> str:
+    """Return *path* as text, for people: a name of a file may be any bytes."""
+    return path.encode("utf-8", "replace").decode()
 
 
 def by_name(store: Store, name: str) -> list[Export]:
@@ -334,8 +338,9 @@ NEXT_OF_PRODUCT = """
 """
 CONDEMN = """
     UPDATE record SET state = 'failed', reason = 'damaged', detail = :detail, settled_at = :now, held_since = NULL
-    WHERE id = :id
+    WHERE id = :id AND state = 'pending' AND batch = :batch
 """
+IS_PENDING = "SELECT 1 FROM record WHERE id = ? AND state = 'pending'"
 CLOSE = """
     UPDATE export SET records = :records, first_id = :first_id, last_id = :last_id, digest = :digest
     WHERE id = :id AND state = 'open'

@@ -72,6 +72,8 @@ def flush(
             _tell_ends(ledger, lock)
         if ledger.pending() == 0 and not rebind:
             return Drained([], 0)
+        if not rebind and ledger.holds_all():
+            return Drained([], ledger.pending(), HELD)
         if rebind:
             _rebind(ledger, lock)
         binding.check(ledger, binding.configured(settings, env))
@@ -133,7 +135,7 @@ def _drain(
             if turn.signal or not turn.is_handed_over:
                 why = (HELD if _are_all_held(ledger) else "") or in_trouble(ledger.destination()[1]) or turn.why
                 break
-            why = "it was taken over by somebody else"
+            why = "its agent has taken over" if lock.presence().has_agent else "the outbox was lent to an export"
         is_free = _watch(ledger, lock, end, on_progress, may_deliver=not sharing)
         for record in review.failed_since(ledger.store, started):
             keep(record)

@@ -369,11 +369,16 @@ class Flusher:
         self._ledger.keep_reserve()
         self._ledger.check()
         self._look_for_leftovers(now)
-        if self._server_ahead_s is None or abs(wall - now - self._server_ahead_s) > MAX_CLOCK_SKEW_S:
-            return  # a host that boots a year ahead must not lose its window
-        pruned = self._ledger.prune(wall - self._options.retention_days * 86_400)
-        if self._options.exported_retention_days:
-            pruned += self._ledger.prune_exported(wall - self._options.exported_retention_days * 86_400)
-        if pruned:
+        if self._prune(now, wall):
             self._ledger.give_space_back()
             self._maintain_at = now + POLL_S
+
+    def _prune(self, now: float, wall: float) -> int:
+        """Remove a step of what is old; returns how many records."""
+        is_known = self._server_ahead_s is not None
+        if is_known and abs(wall - now - (self._server_ahead_s or 0.0)) > MAX_CLOCK_SKEW_S:
+            return 0  # a host that boots a year ahead must not lose its window
+        pruned = self._ledger.prune(wall - self._options.retention_days * 86_400) if is_known else 0
+        if self._options.exported_retention_days:  # where nothing is ever heard from the API, our clock has to do
+            pruned += self._ledger.prune_exported(wall - self._options.exported_retention_days * 86_400)
+        return pruned

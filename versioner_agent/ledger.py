@@ -152,7 +152,7 @@ class Ledger:
     def hand_over(self) -> bool:
         """Do one step of what others have published or exported and died; False when there is nothing left."""
         return self._step(lambda step: hand_over_batch(self.store, step), CHUNK) or self._step(
-            lambda step: exports.hand_over(self.store, step), CHUNK
+            lambda step: exports.hand_over(self.store, step), exports.STEP
         )
 
     def head(self, key: str) -> tuple[Record, bytes] | None:
@@ -261,7 +261,7 @@ class Ledger:
 
     def claim(self, export: exports.Export, after: int, wanted: int, now: float) -> exports.Claimed:
         """Claim a step of at most *wanted* pending records behind the id *after* for *export*."""
-        return self._step(lambda step: exports.claim(self.store, export, after, step, now), min(CHUNK, wanted))
+        return self._step(lambda step: exports.claim(self.store, export, after, step, now), min(exports.STEP, wanted))
 
     def mark(self, export: exports.Export, written: exports.Written, waiting: int, file: str | None) -> None:
         """Let *waiting* claimed records count as exported, and turn them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -58,9 +59,16 @@ class NewFile:
             os.fsync(self.file.fileno())
             os.rename(self._unfinished, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             self._unfinished = None
-            os.fsync(self._directory)
+            self._sync_directory()
         except OSError as exc:
             raise self.error(exc) from exc
+
+    def _sync_directory(self) -> None:
+        try:
+            os.fsync(self._directory)
+        except OSError as exc:
+            if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems of sticks and shares can't
+                raise
 
     def error(self, exc: OSError) -> AgentError:
         """Say that the file can't be written."""

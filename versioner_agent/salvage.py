@@ -97,7 +97,12 @@ class Salvage:
     def _finish_exports(self) -> None:
         """Let no batch to come take what an earlier one, of which nothing else is left, had claimed or exported."""
         run = self._connection.execute
-        run("UPDATE record SET batch = NULL WHERE state = 'pending' AND -batch NOT IN (SELECT id FROM export)")
+        run(
+            """
+            UPDATE record SET batch = NULL
+            WHERE state = 'pending' AND batch < 0 AND -batch NOT IN (SELECT id FROM export)
+            """
+        )
         run(
             """
             UPDATE export SET awaited = (SELECT count(*) FROM record WHERE state = 'exported' AND batch = -export.id)

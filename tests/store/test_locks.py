@@ -349,3 +349,39 @@ def test_writers_queue_where_the_path_leads_now(tmp_path):
         assert after.acquire(1)
 
         assert not before.acquire(0.2)
+
+
+def test_delivering_is_lent_and_taken_back(lock):
+    agent, export = lock(), lock()
+    assert agent.claim_agent()
+    assert agent.claim_delivery()
+
+    assert export.claim_borrow()
+    assert agent.is_borrower_waiting()
+    assert not export.claim_delivery()
+    agent.release_delivery()
+    assert export.claim_delivery()
+    presence = lock().presence()
+    assert (presence.has_agent, presence.is_delivering, presence.has_borrower) == (True, True, True)
+    assert presence.borrower_pid == os.getpid()
+    assert not agent.claim_delivery()
+    export.close()
+    assert not agent.is_borrower_waiting()
+    assert agent.claim_delivery()
+
+
+def test_one_borrows(lock):
+    assert lock().claim_borrow()
+    second = lock()
+    assert not second.claim_borrow()
+    assert second.is_borrower_waiting()
+
+
+def test_a_key_beside_the_lock_does_not_run_into_the_borrower(lock):
+    agent, export = lock(), lock()
+    agent.claim_agent()
+    agent.note_key("x" * 200)
+    export.claim_borrow()
+
+    assert lock().presence().agent_key == "x" * 96
+    assert lock().presence().borrower_pid == os.getpid()

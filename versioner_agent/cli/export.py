@@ -71,6 +71,10 @@ def _check(
     file: str | None, product: str | None, limit: int | None, mark: str | None, again: str | None, *, as_json: bool
 ) -> None:
     """Refuse what makes no sense together; raises UsageError."""
+    try:
+        "".join(filter(None, (product, mark, again))).encode()
+    except UnicodeEncodeError:
+        raise UsageError("no product and no batch has a name that is not UTF-8") from None
     has_choice = product is not None or limit is not None
     if mark is not None and (file is not None or again is not None or has_choice):
         raise UsageError("--mark takes no file and no other choice: the digest says what was written")
