@@ -215,8 +215,7 @@ PAGE_OF_SETTLED = f"""
     WHERE origin IS NOT NULL AND state = ? AND id > ? ORDER BY id LIMIT ?
 """  # noqa: S608  # a constant
 MARK_TOLD = """
-    INSERT OR IGNORE INTO told (record_id, at)
-    SELECT id, ? FROM record WHERE id = ? AND origin IS NOT NULL AND state IN ('delivered', 'discarded')
+    INSERT OR IGNORE INTO told (record_id, at) SELECT id, ? FROM record WHERE id = ?
 """
 FIND_AWAITING = f"""
     SELECT {COLUMNS}, length(payload) FROM record INDEXED BY record_awaiting

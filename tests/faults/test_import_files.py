@@ -216,8 +216,17 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def test_what_does_not_fit_on_the_disk_is_not_queued_at_all(small_disk, tmp_path):
-    """What was staged is taken away again, and what was queued before is still delivered from there."""
+def fill(directory):
+    """Leave not a byte."""
+    for size in (64 * 1024, 4096, 1):
+        with contextlib.suppress(OSError), open(directory / "filler", "ab", buffering=0) as file:
+            while file.write(b"x" * size) == size:
+                pass
+
+
+@pytest.mark.parametrize("has_neighbour", [False, True], ids=["alone", "neighbour"])
+def test_what_does_not_fit_on_the_disk_is_not_queued_at_all(small_disk, tmp_path, has_neighbour):
+    """What was staged is taken away again, also when somebody else has taken the last byte."""
     name, path = str(tmp_path / "file"), str(small_disk / "outbox.db")
     notes = {"notes": "n" * 8000}
     with open(name, "wb") as stream:
@@ -227,12 +236,24 @@ def test_what_does_not_fit_on_the_disk_is_not_queued_at_all(small_disk, tmp_path
         writer.finish()
     small = str(tmp_path / "small-file")
     with open(small, "wb") as file:
-        file.write(exports.file_of(LINES, exports.head(batch="1" * 32)))
+        file.write(exports.file_of(LINES[:6], exports.head(batch="1" * 32)))
     try_import(path, small)
     before = content_of(path)
 
-    with pytest.raises(OutboxFull, match="no space left"):
-        try_import(path, name)
+    with contextlib.closing(Store(path)) as store, contextlib.closing(open_file(name, None)) as file:
+        file.check()
+        again = file.again
+
+        def lines():
+            for number, line in enumerate(again()):
+                if has_neighbour and number == 150:  # the first transaction takes 1 MiB
+                    assert exports.sql(path, "SELECT count(*) > 100 FROM record") == [(1,)]
+                    fill(small_disk)
+                yield line
+
+        file.again = lines
+        with pytest.raises(OutboxFull, match="no space left"):
+            import_all(store, [file], Listener())
 
     assert content_of(path) == before
     assert exports.sql(path, "SELECT count(*) FROM batch") == [(0,)]

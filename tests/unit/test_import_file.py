@@ -205,6 +205,15 @@ def test_a_file_that_can_not_be_read_any_more_is_not_taken():
         file.check()
 
 
+def test_no_more_is_read_at_once_than_a_line_may_have():
+    class Bounded(io.BytesIO):
+        def readline(self, size=-1):
+            assert 0 < size <= MAX_LINE_BYTES + 1
+            return super().readline(size)
+
+    ExportFile("the file", Bounded(exports.file_of([exports.event(1)]))).check()
+
+
 def test_a_negative_zero_is_the_time_that_sqlite_gives_back():
     (found,) = read(exports.file_of([exports.as_line(exports.event()).replace(b"1764150001.0", b"-0.0")]))
 
