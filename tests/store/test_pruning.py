@@ -13,6 +13,7 @@ import pytest
 from versioner_agent import pruning, review, schema
 from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.events import validate
+from versioner_agent.flusher import Options
 from versioner_agent.ledger import Ledger
 from versioner_agent.pruning import AIM_S, FIRST_STEP, MOST_STEP, Pruner, next_step
 from versioner_agent.storage import Store
@@ -243,13 +244,13 @@ def test_between_two_steps_others_have_the_outbox_for_as_long_as_one_took(takes_
     ledger = Slow(takes_s)
     upkeep = Upkeep(ledger, ledger.clock)
     ledger.now = 0.5  # something else was done in the same turn, from 0 on
-    upkeep.step(0.0, 0.0, None, 30.0)
+    upkeep.step(0.0, 0.0, None, Options())
     free_from, due_at = ledger.now, upkeep.step_at
 
     assert due_at - free_from == pytest.approx(max(takes_s, SHORTEST_REST_S))
-    upkeep.step(due_at - 0.001, due_at - 0.001, None, 30.0)
+    upkeep.step(due_at - 0.001, due_at - 0.001, None, Options())
     assert ledger.steps == 1
-    upkeep.step(due_at, due_at, None, 30.0)
+    upkeep.step(due_at, due_at, None, Options())
     assert ledger.steps == 2
 
 
