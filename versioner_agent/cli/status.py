@@ -18,7 +18,6 @@ from versioner_agent.cli._common import (
     step_down_for,
     styled,
 )
-from versioner_agent.exports import BATCHES_SHOWN, PRODUCTS_COUNTED
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
@@ -170,6 +169,7 @@ def _lines(path: str, stats: Stats, presence: Presence, api_url: str) -> list[st
 
 
 def _exported_note(stats: Stats, now: float) -> str:
+    from versioner_agent.exports import BATCHES_SHOWN, PRODUCTS_COUNTED  # noqa: PLC0415
     from versioner_agent.text import age  # noqa: PLC0415
 
     batches, held = stats.exports
