@@ -546,3 +546,24 @@ def test_an_outbox_of_an_older_schema_is_upgraded_by_an_export(host, file):
 
     assert host.run("export", str(file)).returncode == 0
     assert host.counts() == {"exported": 1}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_root_writes_the_file_as_root_and_uses_the_outbox_as_its_owner(reachable):
+    """The owner of the outbox could not even look into the place of the file."""
+    state, place = reachable / "state", reachable / "place"
+    for directory in (state, place):
+        directory.mkdir(mode=0o700)
+    os.chown(state, 65534, 65534)
+    env = {**os.environ, "VERSIONER_AGENT_DB": str(state / "outbox.db"), "VERSIONER_AGENT_CONFIG": os.devnull}
+
+    def run(*args):
+        return subprocess.run((*COMMAND, *args), env=env, capture_output=True, check=False)
+
+    assert run("enqueue", "build", "--product", "a", "--version", "1").returncode == 0
+
+    done = run("export", str(place / "events.jsonl"))
+
+    assert done.returncode == 0, done.stderr
+    assert (place / "events.jsonl").stat().st_uid == 0
+    assert {path.stat().st_uid for path in state.iterdir()} == {65534}

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sqlite3
 
-from crash import COMMAND, killed_at, needs_strace, points_of
+from crash import COMMAND, killed_at, needs_strace, points_of, traced
 from specimen import records_of
 
 pytestmark = needs_strace
@@ -99,3 +99,21 @@ def test_a_file_left_by_an_export_that_was_killed_before_marking_is_replaced(hos
     assert (host.counts(), (tmp_path / "events.jsonl").exists()) == ({"pending": 2}, True)
     assert host.run("export", str(tmp_path / "events.jsonl")).returncode == 0
     assert len(checked(tmp_path / "events.jsonl")) == 2
+
+
+def test_the_file_is_synced_before_it_has_its_name_and_the_name_before_anything_is_marked(host_for, tmp_path):
+    host = host_for()
+    host.queue("a")
+    calls = ("openat", "fsync", "fdatasync", "renameat")
+
+    done, seen = traced((*COMMAND, "export", str(tmp_path / "events.jsonl")), calls, env=host.env)
+
+    assert done.returncode == 0
+    directory = next(line.rpartition("= ")[2] for name, line in seen if f'"{tmp_path}"' in line and name == "openat")
+    file = next(line.rpartition("= ")[2] for name, line in seen if '.part"' in line and name == "openat")
+    steps = [line.split(" ")[0].rstrip(",") for name, line in seen if name != "openat"]
+    renamed = next(
+        at for at, (name, _) in enumerate([each for each in seen if each[0] != "openat"]) if name == "renameat"
+    )
+    assert steps[renamed - 1 : renamed + 2 : 2] == [f"fsync({file})", f"fsync({directory})"]
+    assert any(step.startswith("fdatasync") for step in steps[renamed + 2 :])

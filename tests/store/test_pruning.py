@@ -215,7 +215,7 @@ def test_large_records_make_small_steps(outbox):
     queue(outbox, 8, extra_metadata={"notes": "n" * 90_000, "more": {"n": 1}})
     change(outbox, "UPDATE record SET payload = zeroblob(400000)")
     make_old(outbox)
-    pruner = Pruner(outbox.store)
+    pruner = Pruner(outbox.store, Ticking(0.0))
 
     assert [pruner.prune(NOW) for _ in range(5)] == [2, 2, 2, 2, 0]
 

@@ -19,7 +19,6 @@ from versioner_agent.cli._common import (
     styled,
 )
 from versioner_agent.cli._failures import group_line
-from versioner_agent.exports import BATCHES_SHOWN, PRODUCTS_COUNTED
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
@@ -188,6 +187,7 @@ def _lines(path: str, stats: Stats, failures: Summary, presence: Presence, api_u
 
 
 def _exported_note(stats: Stats, now: float) -> str:
+    from versioner_agent.exports import BATCHES_SHOWN, PRODUCTS_COUNTED  # noqa: PLC0415
     from versioner_agent.text import age  # noqa: PLC0415
 
     batches, held = stats.exports
