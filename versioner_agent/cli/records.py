@@ -93,7 +93,7 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
         body = payload.decode("utf-8", "replace")  # a damaged record is shown as what it is
     if as_json:
         log = [{**attempt._asdict(), "at": time_json(attempt.at)} for attempt in attempts]
-        echo_json({**record_json(record), "origin_host": host, "payload": body, "attempt_log": log})
+        echo_json({**record_json(record), "payload": body, "attempt_log": log, "origin_host": host})
         return
     for line in _whole(record, host, attempts, json.dumps(body, ensure_ascii=False, indent=2)):
         echo(line)
