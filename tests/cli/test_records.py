@@ -16,7 +16,7 @@ from versioner_agent.outbox import Outbox
 RECORD_KEYS = [
     *("id", "event_id", "state", "kind", "product_name", "version", "environment_name", "status", "invoke_id"),
     *("queued_at", "queued_by", "attempts", "last_attempt_at", "settled_at", "http_status", "server_id", "reason"),
-    *("code", "rule", "retry_after", "late", "detail"),
+    *("code", "rule", "retry_after", "late", "detail", "origin", "amends"),
 ]
 HOSTILE = "evil\x1b]0;pwned\x07\x1b[31m\u202e\u2066name\r\nforged 1: line"
 
@@ -69,7 +69,7 @@ def test_show_json_adds_payload_and_attempts(cli, outbox):
     (found,) = lines(cli("show", "1", "--json"))
 
     assert list(found) == [
-        *RECORD_KEYS, "origin", "origin_host", "amends", "amended_by", "payload", "attempt_log"
+        *RECORD_KEYS, "payload", "attempt_log", "origin", "origin_host", "amends", "amended_by"
     ]  # fmt: skip
     assert found["payload"]["product_name"] == "payments"
     assert [list(each) for each in found["attempt_log"]] == [["at", "outcome", "http_status", "detail", "duration_s"]]

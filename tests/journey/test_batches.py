@@ -13,8 +13,8 @@ from scripted import accepted
 
 DIE_AFTER_PUBLISHING = """
 import os, signal, sys
-from versioner_agent import bodies, outbox
-outbox.hand_over_batch = lambda store: os.kill(os.getpid(), signal.SIGKILL)
+from versioner_agent import batches, bodies, outbox
+batches.hand_over_batch = lambda store: os.kill(os.getpid(), signal.SIGKILL)
 valid = bodies.validate_all(bodies.parse_json(sys.stdin.buffer.read()), "build")
 outbox.Outbox(sys.argv[1]).enqueue_all(valid)
 """

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 from freezegun import freeze_time
 
-from versioner_agent import Outbox, events, review
+from versioner_agent import Outbox, batches, events, review
 from versioner_agent import outbox as outbox_module
 from versioner_agent.errors import OtherDestination, OutboxBusy, OutboxError, OutboxFull, ValidationError
 from versioner_agent.files import FLOOR_BYTES
@@ -37,14 +37,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 DIE_AT = """
 import os, signal, sys
-from versioner_agent import Outbox, events, outbox
+from versioner_agent import Outbox, batches, events, outbox
 die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 outbox.CHUNK = 5
 if sys.argv[2] == "hand over":
-    outbox.hand_over_batch = die
+    batches.hand_over_batch = die
 elif sys.argv[2] == "in the middle of handing over":
-    step, steps = outbox.hand_over_batch, []
-    outbox.hand_over_batch = lambda store: die() if steps else (steps.append(1), step(store))[1]
+    step, steps = batches.hand_over_batch, []
+    batches.hand_over_batch = lambda store: die() if steps else (steps.append(1), step(store))[1]
 else:
     outbox.PUBLISH_BATCH = "UPDATE batch SET published = die() WHERE id = ?"
     connect = outbox.Store._connect
@@ -268,7 +268,7 @@ def test_published_events_are_queued_even_if_handing_over_has_to_wait(outbox, sm
         raise OutboxBusy("others")
 
     with monkeypatch.context() as patch:
-        patch.setattr(outbox_module, "hand_over_batch", busy)
+        patch.setattr(batches, "hand_over_batch", busy)
         receipts = outbox.enqueue_all(make(12))
 
     assert len(receipts) == 12

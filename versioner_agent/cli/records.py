@@ -151,7 +151,7 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
     if as_json:
         log = [{**attempt._asdict(), "at": time_json(attempt.at)} for attempt in attempts]
         more = {"origin": record.origin, "origin_host": host, "amends": record.amends, "amended_by": amended_by}
-        echo_json({**record_json(record), **more, "payload": body, "attempt_log": log})
+        echo_json({**record_json(record), "payload": body, "attempt_log": log, **more})
         return
     for line in _whole(record, host, amended_by, attempts, json.dumps(body, ensure_ascii=False, indent=2)):
         echo(line)
