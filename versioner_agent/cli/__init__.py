@@ -35,7 +35,7 @@ COMMANDS = {
     "retry": Entry("verdicts", "retry", "Send failed records again."),
     "discard": Entry("verdicts", "discard", "Give up records for good."),
     "service": Entry("service", "service", "Run the agent under systemd."),
-    "doctor": Entry("doctor", "doctor", "Look for damage and say what to do."),
+    "doctor": Entry("doctor", "doctor", "Look for what is wrong and say what to do."),
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),
     "sandbox": Entry("sandbox", "sandbox", "Run a local server that speaks the event API."),
     "demo": Entry("demo", "demo", "See the whole story in ten seconds, without account or network."),
