@@ -108,7 +108,7 @@ def outbox(case: Case, key: Key, now: float, *, deep: bool) -> tuple[list[Findin
         presence = FlusherLock(store.path).presence()
         whole = _outbox(store, deep=deep)
         found = [whole, *premises.examine(store.path, is_named=settings.is_explicit("db"))]
-        with suppress(OutboxError):  # the check of the outbox says why
+        with suppress(OutboxError, OSError):  # the check of the outbox says why
             stats = review.stats(store)
             found += [*_past_damage(stats), *_sqlite(store), *_machine(stats), *_exports(store, now)]
             found += [

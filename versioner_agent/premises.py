@@ -32,7 +32,11 @@ def examine(path: str, *, is_named: bool) -> list[Finding]:
         return [Finding("permissions", "error", f"there is no directory {directory}", action)]
     except OSError as exc:
         return [_closed(path, exc)]
-    return [*_permissions(path, place), file_system(directory, _text(MOUNTS)), _space(directory)]
+    try:
+        found = _permissions(path, place)
+    except OSError as exc:  # a disk that is failing
+        found = [_closed(path, exc)]
+    return [*found, file_system(directory, _text(MOUNTS)), _space(directory)]
 
 
 # --- permissions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import json
 import os
 import signal
@@ -295,6 +296,21 @@ def test_a_layer_over_an_image_and_a_table_that_tells_nothing():
 )  # fmt: skip
 def test_free_space_is_judged_by_size_share_and_inodes(free, total_, inodes, level):
     assert premises.space(free, total_, inodes).level == level
+
+
+def test_a_failing_disk_is_a_finding(host, monkeypatch):
+    host.queue("payments")
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(premises.os, "lstat", fail)
+    monkeypatch.setattr(premises.os, "statvfs", fail)
+    found = {each.check: each for each in premises.examine(os.path.realpath(host.path), is_named=True)}
+
+    assert found["permissions"].level == "error"
+    assert "Input/output error" in found["permissions"].finding
+    assert found["free_space"].level == "warning"
 
 
 # --- other processes, and what waits

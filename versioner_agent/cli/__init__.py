@@ -38,7 +38,7 @@ COMMANDS = {
     "export": Entry("export", "export", "Write pending records to a file for a connected host."),
     "import": Entry("import_", "import_files", "Import what another host exported."),
     "service": Entry("service", "service", "Run the agent under systemd."),
-    "doctor": Entry("doctor", "doctor", "Look for damage and say what to do."),
+    "doctor": Entry("doctor", "doctor", "Look for what is wrong and say what to do."),
     "check": Entry("check", "check", "Say how the outbox is, as a monitoring plugin does."),
     "metrics": Entry("metrics", "metrics", "Print metrics of the outbox for Prometheus."),
     "config": Entry("config", "config", "Show every setting and where it comes from, or check a file."),

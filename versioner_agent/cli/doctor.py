@@ -59,10 +59,14 @@ def doctor(offline: bool, deep: bool, bundle: str | None, acknowledge: bool, as_
     versioner-agent doctor
     sudo versioner-agent doctor --bundle support.tar.gz
     """
-    if acknowledge:
-        if offline or deep or bundle:
-            raise UsageError("--acknowledge looks at nothing", "leave out --offline, --deep and --bundle")
-        return _acknowledge(options, as_json=as_json)
+    if not acknowledge:
+        return _examine(options, offline=offline, deep=deep, bundle=bundle, as_json=as_json)
+    if offline or deep or bundle:
+        raise UsageError("--acknowledge looks at nothing", "leave out --offline, --deep and --bundle")
+    return _acknowledge(options, as_json=as_json)
+
+
+def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str | None, as_json: bool) -> int:
     # All of it before root steps down: the outbox's owner may not be able to read this program.
     from versioner_agent import bundle as bundles  # noqa: PLC0415
     from versioner_agent import doctor as checks  # noqa: PLC0415
@@ -86,14 +90,17 @@ def doctor(offline: bool, deep: bool, bundle: str | None, acknowledge: bool, as_
         told, presence = checks.outbox(case, key, time.time(), deep=deep)
         parts = [_status(case, presence), *bundles.of_outbox(case)] if bundle else []
     say([*told, *checks.key(case, key, presence, offline=offline)])
-    machine = this_machine(within_s=servicing.ASK_S)
-    say([*servicing.examine(machine), *servicing.examine(this_machine(user=True, within_s=servicing.ASK_S))])
+    machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
+    services = servicing.examine(machine), servicing.examine(own)
+    say([*services[0], *services[1]])
     if not offline:
         say(probing.examine(case, key, machine))
     if not as_json:
         echo(total(found))
     if bundle is not None:
-        parts += [*bundles.about(case, key, found), *bundles.of_service(machine)]
+        parts += bundles.about(case, key, found) + bundles.of_service(
+            own if services[1] and not services[0] else machine
+        )
         bundles.write(bundle, parts, bundles.Mask(bundles.secrets_of(case, key.key)))
         click.echo(f"written: {harmless(bundle)}; manifest.txt in it says what was left out", err=True)
     return exit_code(found)
