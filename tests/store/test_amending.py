@@ -12,7 +12,7 @@ import sys
 import pytest
 from crash import killed_at, needs_strace
 
-from versioner_agent import events, review
+from versioner_agent import events, review, selecting
 from versioner_agent.amending import Correction, amend, correction, planned
 from versioner_agent.errors import OutboxError, OutboxFull, ValidationError
 from versioner_agent.filters import Filter
@@ -216,6 +216,15 @@ def test_without_a_change_nothing_is_done(outbox):
 
 
 @pytest.mark.parametrize("kind", ["build", "deployment"])
+def test_a_copy_does_not_repeat_the_event_that_it_amends(outbox, kind):
+    """What makes no difference for duplicates can be corrected while the event waits."""
+    old = failed(outbox, kind, invoke_id="7")
+    set_state(outbox, "pending", old)
+
+    assert amended(outbox, old, "extra_metadata.vi_agent_note=x").outcome == "amended"
+
+
+@pytest.mark.parametrize("kind", ["build", "deployment"])
 def test_a_copy_that_repeats_a_live_event_is_superseded(outbox, kind):
     first = outbox.enqueue(kind, {**DEPLOYMENT, "invoke_id": "7", "version": "2"} if kind == "deployment" else
                            {**BUILD, "invoke_id": "7", "version": "2"}).id  # fmt: skip
@@ -262,9 +271,10 @@ def test_a_plan_writes_nothing(outbox):
     assert review.show(outbox.store, 2) is None
 
 
-def test_a_thousand_are_amended_each_once_though_the_copies_fit_the_filter_too(outbox):
+def test_a_thousand_are_amended_each_once_though_the_copies_fit_the_filter_too(outbox, monkeypatch):
+    monkeypatch.setattr(selecting, "WINDOW", 300)
     outbox.enqueue_all([events.validate("build", BUILD)] * 1000)
-    found = list(amend(outbox, Filter("pending", "a"), correction(["extra_metadata.n=1"], [])))
+    found = list(amend(outbox, Filter("pending"), correction(["extra_metadata.n=1"], [])))
 
     assert [(each.id, each.outcome, each.amended_by) for each in found] == [
         (number, "amended", 1000 + number) for number in range(1, 1001)
