@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from versioner_agent.errors import ValidationError
@@ -256,6 +257,7 @@ def clock_is_plausible(now: float) -> bool:
     return now >= RELEASED_AT
 
 
+@lru_cache(maxsize=1)  # a batch has one time
 def rfc3339(seconds: float) -> str:
     """Format seconds since 1970 as RFC 3339 in UTC, to the millisecond; out-of-range clocks become the nearest end."""
     bounded = min(max(seconds, 0.0), 253_402_300_799.0)

@@ -79,7 +79,7 @@ def stats(store: Store) -> Stats:
             raise store.suspected("the counts of records by state are not readable")
         published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
         oldest = connection.execute(OLDEST_PENDING).fetchone()
-        failure = connection.execute(LAST_FAILURE).fetchone()
+        failure = connection.execute(LAST_FAILURE.format(_by_time(store))).fetchone()
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
         row = store.only(connection.execute(DESTINATION_ROW))
         damage = noted(connection)
@@ -154,8 +154,13 @@ def first_pending(store: Store, product: str) -> Record | None:
 def failed_since(store: Store, then: float) -> list[Record]:
     """Return records that failed since *then* (seconds since 1970), at most a page of them."""
     with store.read() as connection:
-        rows = connection.execute(FAILED_SINCE, (then, PAGE)).fetchall()
+        rows = connection.execute(FAILED_SINCE.format(_by_time(store)), (then, PAGE)).fetchall()
     return [as_record(row) for row in rows]
+
+
+def _by_time(store: Store) -> str:
+    """Name the index of failures by time, where the outbox has it by now."""
+    return "INDEXED BY record_failed_at" if store.version >= EXPORTS_SINCE else ""
 
 
 def failed_ids(store: Store) -> list[int]:
@@ -262,12 +267,8 @@ EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
 COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
 LAST_FAILURE = f"""
-    SELECT {COLUMNS} FROM record
-    WHERE id = (
-        SELECT id FROM (
-            SELECT id, settled_at FROM record INDEXED BY record_state
-            WHERE state = 'failed' ORDER BY id DESC LIMIT 500
-        ) ORDER BY settled_at DESC LIMIT 1
+    SELECT {COLUMNS} FROM record WHERE id = (
+        SELECT id FROM record {{}} WHERE state = 'failed' ORDER BY settled_at DESC LIMIT 1
     )
 """  # noqa: S608  # a constant
 HELD = """
@@ -289,7 +290,7 @@ FIRST_PENDING = f"""
     WHERE state = 'pending' AND product_name = ? ORDER BY id LIMIT 1
 """  # noqa: S608
 FAILED_SINCE = f"""
-    SELECT {COLUMNS} FROM record WHERE settled_at >= ? AND state = 'failed' ORDER BY settled_at LIMIT ?
+    SELECT {COLUMNS} FROM record {{}} WHERE settled_at >= ? AND state = 'failed' ORDER BY settled_at LIMIT ?
 """  # noqa: S608
 FAILED_IDS = "SELECT id FROM record WHERE state = 'failed' ORDER BY id"
 QUEUED_AGAIN = f"""

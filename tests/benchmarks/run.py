@@ -12,6 +12,7 @@ import sys
 
 import agent
 import drain
+import large
 import rates
 import scale
 import startup
@@ -28,6 +29,7 @@ BENCHMARKS = {
     "latency": agent.latency,
     "idle": agent.idle,
     "scale": scale.scale,
+    "years": large.years,
 }
 
 

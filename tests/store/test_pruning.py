@@ -198,7 +198,7 @@ def test_a_step_takes_what_fits_into_its_time():
     assert next_step(MOST_STEP, 0.0) == MOST_STEP
 
 
-@pytest.mark.parametrize(("per_record_s", "least", "most"), [(0.0, 100, MOST_STEP), (0.003, 8, 10), (0.5, 1, 1)])
+@pytest.mark.parametrize(("per_record_s", "least", "most"), [(0.0, 100, MOST_STEP), (0.003, 8, 12), (0.5, 1, 1)])
 def test_transactions_are_as_long_as_the_disk_allows(outbox, per_record_s, least, most):
     """After the first one, which ends when its time is over."""
     queue(outbox, 1200)
