@@ -155,10 +155,10 @@ def test_a_disk_that_others_filled_keeps_no_delivery_from_being_recorded(host, h
     assert host.end(agent) == 0
 
 
-@pytest.mark.parametrize(("status", "state"), [(409, "failed"), (503, "pending")])
-def test_refusals_and_failures_are_recorded_on_a_full_disk_too(host, status, state):
+@pytest.mark.parametrize(("status", "state", "notes"), [(409, "failed", 0), (503, "pending", 300)])
+def test_refusals_and_failures_are_recorded_on_a_full_disk_too(host, status, state, notes):
     host.server.script = lambda _: refused(status, "words " * 300)
-    count = queue_until_full(host, 0)
+    count = queue_until_full(host, notes)
     host.disk.fill()
     host.disk.neighbour()
     agent = host.agent()
