@@ -75,7 +75,9 @@ class Accounts:
         for name in (OWNER, MEMBER, OTHER_MEMBER, OUTSIDER):
             groups = [] if name == OUTSIDER else ["--groups", GROUP]
             subprocess.run(["useradd", "--no-create-home", *groups, name], check=True)
-        copy_packages(self.place / "lib")
+        library = copy_packages(self.place / "lib")
+        # Once for all, or every command would compile what none of the accounts may leave there.
+        subprocess.run([self.python, "-m", "compileall", "-q", "-j", "2", library], check=True)
 
     def close(self):
         for name in (OWNER, MEMBER, OTHER_MEMBER, OUTSIDER):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -61,8 +63,38 @@ def traced(command, calls, *, env, stdin=b"", options=()):
 
 
 def points_of(command, calls, **how):
-    """Run *command* once; returns every point at which it can be killed: (call, number)."""
+    """Run *command* once; returns every point at which it can be killed, in their order: (call, number)."""
     done, seen = traced(command, calls, **how)
     assert done.returncode == 0, done.stderr
-    counts = collections.Counter(name for name, _ in seen)
-    return [(call, number) for call in calls for number in range(1, counts[call] + 1)]
+    counts = collections.Counter()
+    points = []
+    for name, _ in seen:
+        counts[name] += 1
+        points.append((name, counts[name]))
+    return points
+
+
+def turns_of(points):
+    """Of each row of like calls among *points* the first and the one in its middle: before it, and half way through.
+
+    Its end is the start of the next row. Where nothing but the same call lies between, the disk is at the same step.
+    """
+    rows = (list(row) for _, row in itertools.groupby(points, key=lambda point: point[0]))
+    return [point for row in rows for point in dict.fromkeys((row[0], row[len(row) // 2]))]
+
+
+#: A sweep over what it makes of all points: the turns by default, and with `-m long` every single one.
+sweep = pytest.mark.parametrize(
+    "chosen", [turns_of, pytest.param(list, marks=pytest.mark.long)], ids=["turns", "everywhere"]
+)
+
+
+def side_by_side(function, arguments):
+    """Call *function* with each tuple of *arguments*, two at once, where it waits for processes of its own.
+
+    The first that raised is raised here, when all have ended.
+    """
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(function, *each) for each in arguments]
+    for each in done:
+        each.result()

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import sqlite3
 
 import pytest
-from crash import COMMAND, DISK, NETWORK, killed_at, killed_in_background, needs_strace, points_of, traced
+from crash import (
+    COMMAND,
+    DISK,
+    NETWORK,
+    killed_at,
+    killed_in_background,
+    needs_strace,
+    points_of,
+    side_by_side,
+    sweep,
+    traced,
+)
 from host import eventually
 from scripted import accepted
 from specimen import records_of
@@ -82,15 +91,12 @@ def test_the_sync_precedes_the_exit_status(host_for):
     assert calls[-1][0] == "exit_group"
 
 
-def test_the_first_enqueue_killed_anywhere_leaves_an_outbox_that_the_next_can_use(host_for, tmp_path):
-    host = host_for()
-    state = os.path.dirname(host.path)
-    points = points_of(enqueue(0), DISK, env=host.env)
+@sweep
+def test_the_first_enqueue_killed_anywhere_leaves_an_outbox_that_the_next_can_use(host_for, chosen):
+    points = points_of(enqueue(0), DISK, env=host_for().env)
     assert len(points) > 60
-    writes = [point for point in points if point[0] == "pwrite64"]
-    for call, number in [*(point for point in points if point not in writes), *writes[:70:2], *writes[70::12]]:
-        shutil.rmtree(state)
-        os.mkdir(state)
+
+    def check(host, call, number):
         was_killed, _ = killed_at(call, number, enqueue(1), env=host.env)
         assert was_killed, (call, number)
         done = host.run("enqueue", "build", "--product", "payments", "--version", "2")
@@ -98,6 +104,8 @@ def test_the_first_enqueue_killed_anywhere_leaves_an_outbox_that_the_next_can_us
         check_sound(host.path)
         versions = [json.loads(kept.payload)["version"] for kept in records_of(host.path).values()]
         assert versions in (["2"], ["1", "2"]), (call, number)
+
+    side_by_side(check, [(host_for(), *point) for point in chosen(points)])
 
 
 def test_what_an_enqueue_acknowledged_arrives_wherever_others_were_killed(host_for, server):
@@ -123,7 +131,8 @@ def test_what_an_enqueue_acknowledged_arrives_wherever_others_were_killed(host_f
     check_sound(host.path)
 
 
-def test_a_large_array_killed_anywhere_is_queued_as_a_whole_or_not_at_all(host_for):
+@pytest.mark.parametrize("most", [10, pytest.param(1000, marks=pytest.mark.long)])
+def test_a_large_array_killed_anywhere_is_queued_as_a_whole_or_not_at_all(host_for, most):
     host = host_for()
     host.queue("other")
     events = [{"product_name": "payments", "version": str(n), "status": "ok"} for n in range(1100)]
@@ -131,7 +140,7 @@ def test_a_large_array_killed_anywhere_is_queued_as_a_whole_or_not_at_all(host_f
     command = (*COMMAND, "enqueue", "json", "--kind", "build")
     points = points_of(command, ("fdatasync", "flock"), env=host.env, stdin=body)
     expected = 1101
-    for call, number in points[:: len(points) // 20]:
+    for call, number in points[:: -(-len(points) // most)]:
         was_killed, _ = killed_at(call, number, command, env=host.env, stdin=body)
         assert was_killed, (call, number)
         queued = host.counts()["pending"]
@@ -173,10 +182,19 @@ def deliver_killed(host, server, command, calls, stride):
     check_sound(host.path)
 
 
-@pytest.mark.parametrize("command", ["flush", "run"])
-@pytest.mark.parametrize(("calls", "stride"), [(NETWORK, 1), (("fdatasync",), 2), (("pwrite64",), 16)])
-def test_who_delivers_killed_anywhere_loses_nothing_and_repeats_little(host_for, server, command, calls, stride):
-    deliver_killed(host_for(server.url), server, command, calls, stride)
+@pytest.mark.parametrize(("calls", "stride"), [(NETWORK, 2), (("fdatasync",), 3), (("pwrite64",), 24)])
+def test_who_delivers_killed_anywhere_loses_nothing_and_repeats_little(host_for, serve, calls, stride):
+    def deliver(host, server, command):
+        try:
+            deliver_killed(host, server, command, calls, stride)
+        finally:
+            host.close_outbox()  # SQLite has it closed by the thread that opened it
+
+    servers = [serve(lambda seen: accepted(f"evt-{seen.key}")) for _ in range(2)]
+    side_by_side(
+        deliver,
+        [(host_for(server.url), server, command) for server, command in zip(servers, ("flush", "run"), strict=True)],
+    )
 
 
 @pytest.mark.long

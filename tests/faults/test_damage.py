@@ -93,6 +93,11 @@ def large(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def middle(tmp_path_factory):
+    return Specimen(tmp_path_factory.mktemp("middle"), 4 * 1024 * 1024, SEED)
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return Specimen(tmp_path_factory.mktemp("small"), 700_000, SEED)
 
@@ -104,8 +109,8 @@ def test_every_provable_record_survives_and_no_altered_one_is_sent(small, tmp_pa
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-def test_the_same_of_ten_megabytes(large, tmp_path, mutate):
-    survives(large, tmp_path, mutate, f"{SEED}-large-{mutate.__name__}")
+def test_the_same_of_four_megabytes(middle, tmp_path, mutate):
+    survives(middle, tmp_path, mutate, f"{SEED}-middle-{mutate.__name__}")
 
 
 @pytest.mark.long

@@ -19,6 +19,14 @@ HOSTILE = {
     "invisible": "pay\u200bments\ufeff\u00ad",
     "tags": "ok\U000e0041\U000e007f",
 }
+#: Two in one name by default, for each character is looked for in what is shown; each alone with `-m long`.
+NAMES = list(HOSTILE)
+PAIRS = {f"{one}, {two}": HOSTILE[one] + HOSTILE[two] for one, two in zip(NAMES[::2], NAMES[1::2], strict=True)}
+all_words = pytest.mark.parametrize(
+    "words",
+    [*PAIRS.values(), *(pytest.param(words, marks=pytest.mark.long) for words in HOSTILE.values())],
+    ids=[*PAIRS, *HOSTILE],
+)
 SIZE = 70_000
 
 
@@ -43,7 +51,7 @@ def enqueue(host, words):
     return host.run("enqueue", "json", "--kind", "build", stdin=json.dumps(event).encode())
 
 
-@pytest.mark.parametrize("words", HOSTILE.values(), ids=HOSTILE)
+@all_words
 def test_names_and_refusals_are_shown_harmlessly_and_kept_as_they_are(host, words):
     host.server.script = lambda _: refused(422, f"detail {words}")
     done = enqueue(host, words)
@@ -71,7 +79,7 @@ def test_names_and_refusals_are_shown_harmlessly_and_kept_as_they_are(host, word
     assert shown["detail"] == f"detail {words}".strip()
 
 
-@pytest.mark.parametrize("words", HOSTILE.values(), ids=HOSTILE)
+@all_words
 def test_json_log_lines_are_one_harmless_object_each(host, words):
     host.server.script = lambda _: refused(409, f"detail {words}")
     enqueue(host, words)
@@ -103,12 +111,17 @@ def test_arguments_in_error_messages_are_harmless(host, words, args):
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", HOSTILE.values(), ids=HOSTILE)
+VARIABLES = ("VERSIONER_API_URL", "VERSIONER_AGENT_TIMEOUT", "VERSIONER_AGENT_DB", "USER", "VERSIONER_API_KEY")
+COMMANDS = (("enqueue", "build", "--product", "p", "--version", "1"), ("status",), ("flush",), ("list",))
+
+
+@all_words
 def test_values_of_the_environment_are_harmless(host, words):
-    safe = words.replace("\0", "")
-    for name in ("VERSIONER_API_URL", "VERSIONER_AGENT_TIMEOUT", "VERSIONER_AGENT_DB", "USER", "VERSIONER_API_KEY"):
-        for command in (("enqueue", "build", "--product", "p", "--version", "1"), ("status",), ("flush",), ("list",)):
-            done = host.run(*command, **{name: f"/tmp/va-hostile-{safe}/x" if name.endswith("DB") else safe})
+    """Every variable meets every command with some of the words; with `-m long` with each of them."""
+    shift = list(PAIRS.values()).index(words) if words in PAIRS.values() else None
+    for at, name in enumerate(VARIABLES):
+        for command in COMMANDS if shift is None else (COMMANDS[(at + shift) % len(COMMANDS)],):
+            done = host.run(*command, **{name: f"/tmp/va-hostile-{words}/x" if name.endswith("DB") else words})
             check_harmless(done.stdout + done.stderr)
             assert done.returncode in (0, 1, 3, 4), (name, command)
             assert b"Traceback" not in done.stderr

@@ -91,6 +91,7 @@ def waits(host, state, words):
     assert record.state == "pending"
     assert re.search(words, record.detail), record.detail
     assert re.search(words, attempts[0].detail)
+    eventually(lambda: host.health().state == state)
     (status,) = eventually(lambda: [s for s in host.json("status") if s["destination"]["state"] == state])
     assert re.search(words, status["destination"]["reason"])
     (held,) = status["held"]

@@ -41,13 +41,16 @@ def test_one_poisoned_event_among_a_thousand_holds_up_none_and_is_given_up_by_th
     poison = queue_poison(host)
     host.queue("more", 499)
     limits = {"VERSIONER_AGENT_MAX_EVENT_ATTEMPTS": "15", "VERSIONER_AGENT_GIVE_UP_AFTER": "0"}
-    agent = host.agent(VERSIONER_AGENT_MAX_BACKOFF="1", **limits)
+    # So long a pause that even a slow disk has recorded a thousand deliveries before the last of the tries.
+    agent = host.agent(VERSIONER_AGENT_MAX_BACKOFF="120", **limits)
     eventually(lambda: host.counts().get("delivered") == 999)
     assert host.counts() == {"delivered": 999, "pending": 1}
     (held,) = host.json("status")[0]["held"]
     assert (held["product_name"], held["id"]) == ("sick", poison)
     assert host.record(poison)[0].counted < 15
 
+    assert host.end(agent) == 0
+    agent = host.agent(**limits)
     fresh = 0
     while host.record(poison)[0].state == "pending":
         fresh += 1
@@ -79,9 +82,9 @@ def test_a_product_whose_every_event_is_refused_does_not_slow_others(host_for, s
 
     server = serve(script)
     host = host_for(server.url)
-    for number in range(200):
-        host.queue("refused", first=number)
-        host.queue(f"p{number % 4}", first=number)
+    host.queue("refused", 200)
+    for number in range(4):
+        host.queue(f"p{number}", 50)
     host.agent()
     eventually(lambda: host.counts() == {"delivered": 200, "failed": 200})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 from host import KEY, eventually
 from scripted import accepted, answer, closed, hanging, raw, refused, reset
@@ -74,19 +76,38 @@ def test_a_refusal_is_final_and_kept_in_the_words_of_the_api(host_for, serve, re
         assert (record.code, record.rule, record.retry_after) == ("NO_DEPLOY_WINDOW", "Freeze", "2030-01-01T00:00:00Z")
 
 
-@pytest.mark.parametrize(("reaction", "reason"), WAITING.values(), ids=WAITING)
-def test_an_answer_that_is_no_verdict_delays_an_event_until_the_api_answers(host_for, serve, reaction, reason):
-    server = serve(lambda seen: reaction if seen.number < 2 else accepted("evt-9"))
+@pytest.mark.parametrize("reason", sorted({reason for _, reason in WAITING.values()}))
+def test_answers_that_are_no_verdict_delay_events_until_the_api_answers(host_for, serve, reason):
+    """All answers of a kind, each to a product of its own, twice to each."""
+    check_delayed(host_for, serve, reason, {name: each for name, (each, why) in WAITING.items() if why == reason})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WAITING)
+def test_each_of_them_alone_delays_an_event(host_for, serve, name):
+    reaction, reason = WAITING[name]
+    check_delayed(host_for, serve, reason, {name: reaction})
+
+
+def check_delayed(host_for, serve, reason, reactions):
+    asked = collections.Counter()
+
+    def script(seen):
+        asked[seen.product] += 1
+        return reactions[seen.product] if asked[seen.product] <= 2 else accepted("evt-9")
+
+    server = serve(script)
     host = host_for(server.url)
-    (record_id,) = host.queue("payments")
+    ids = [host.queue(product)[0] for product in reactions]
 
     done = host.run("flush", "--timeout", "30", "--request-timeout", "0.5")
 
-    record, _, attempts = host.record(record_id)
     assert done.returncode == 0, done.stderr
-    assert (record.state, record.server_id) == ("delivered", "evt-9")
-    assert [each.outcome for each in attempts] == [reason, reason, "delivered"]
-    assert len({(seen.key, seen.body) for seen in server.requests}) == 1
+    for record_id in ids:
+        record, _, attempts = host.record(record_id)
+        assert (record.state, record.server_id) == ("delivered", "evt-9"), record.product_name
+        assert [each.outcome for each in attempts] == [reason, reason, "delivered"], record.product_name
+    assert len({(seen.key, seen.body) for seen in server.requests}) == len(ids)
 
 
 def test_what_waits_stays_pending_with_the_reason_shown(host_for, serve):

@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from crash import killed_at, needs_strace, points_of
+from crash import killed_at, needs_strace, points_of, sweep
 from host import eventually
 from scripted import accepted
 from wrapped import FIELDS, events_of, files, run, statuses, wrapped
@@ -74,17 +74,17 @@ def left(path):
 
 
 @needs_strace
-def test_a_wrapper_killed_anywhere_has_one_end_if_its_start_was_queued(path):
+@sweep
+def test_a_wrapper_killed_anywhere_has_one_end_if_its_start_was_queued(path, chosen):
     env = dict(os.environ)
 
     def command(invoke_id):
         return wrapped(path, "true", fields=FIELDS | {"invoke_id": invoke_id})
 
     points = points_of(command("traced"), CALLS, env=env)
-    writes = [point for point in points if point[0] == "pwrite64"]
     assert len(points) > 40
     seen = set()
-    for call, number in [*(point for point in points if point not in writes), *writes[::4]]:
+    for call, number in chosen(points):
         invoke_id = f"{call}-{number}"
         was_killed, _ = killed_at(call, number, command(invoke_id), env=env)
         assert was_killed, invoke_id
@@ -107,7 +107,8 @@ def test_a_wrapper_killed_anywhere_has_one_end_if_its_start_was_queued(path):
 
 
 @needs_strace
-def test_who_queues_the_end_can_be_killed_anywhere_too(path, tmp_path):
+@sweep
+def test_who_queues_the_end_can_be_killed_anywhere_too(path, tmp_path, chosen):
     env = dict(os.environ)
     command = (sys.executable, "-c", LOOK, str(path))
 
@@ -124,9 +125,8 @@ def test_who_queues_the_end_can_be_killed_anywhere_too(path, tmp_path):
     orphan("traced")
     points = points_of(command, CALLS, env=env)
     assert of_run(path, "traced") == ["started", "aborted"]
-    writes = [point for point in points if point[0] == "pwrite64"]
     assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "unlink", "flock"}
-    for call, number in [*(point for point in points if point not in writes), *writes[::4]]:
+    for call, number in chosen(points):
         invoke_id = f"{call}-{number}"
         orphan(invoke_id)
         was_killed, _ = killed_at(call, number, command, env=env)

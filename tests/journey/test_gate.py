@@ -52,8 +52,25 @@ def host_with(request, host_for):
     return make
 
 
-@pytest.mark.parametrize(("reaction", "codes"), ANSWERS.values(), ids=ANSWERS)
-def test_the_verdict_is_the_exit_code(host_with, serve, reaction, codes):
+def both(table, beside):
+    """Parameters: all of *table* alone; beside an agent those named, and with `-m long` all.
+
+    All that an agent leaves of an answer to who waits is a record, and one answer of each kind makes each of them.
+    """
+    return [
+        pytest.param(
+            how, case, id=f"{name}-{how}", marks=() if how == "alone" or name in beside else (pytest.mark.long,)
+        )
+        for name, case in table.items()
+        for how in ("alone", "beside an agent")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("host_with", "case"), both(ANSWERS, ("accepted", "invalid", "conflict", "window")), indirect=["host_with"]
+)
+def test_the_verdict_is_the_exit_code(host_with, serve, case):
+    reaction, codes = case
     host = host_with(serve(lambda _: reaction).url)
 
     calls = ((*BUILD, "--wait=30"), (*DEPLOYMENT, "--wait"), (*STARTED, "--fail-on-api-error=true"))
@@ -64,7 +81,9 @@ def test_the_verdict_is_the_exit_code(host_with, serve, reaction, codes):
         assert all(words in said for words in ("Friday freeze", "no deployments on Fridays", "2026-11-27T18:00:00Z"))
 
 
-@pytest.mark.parametrize("reaction", SILENCE.values(), ids=SILENCE)
+@pytest.mark.parametrize(
+    ("host_with", "reaction"), both(SILENCE, ("unauthorized", "broken", "hanging")), indirect=["host_with"]
+)
 def test_without_a_verdict_nothing_fails_but_what_was_asked_to(host_with, serve, reaction):
     host = host_with(serve(lambda _: reaction).url)
 

@@ -20,15 +20,14 @@ def test_the_key_is_in_no_file_no_output_and_no_command_line(host_for, serve):
         return accepted(echo) if seen.number > 5 else answer(503, {"detail": echo})
 
     host = host_for(serve(script).url)
-    for product in ("refused", "redirected", "accepted"):
-        host.queue(product, 3)
+    ids = [host.queue(product, 3)[0] for product in ("refused", "redirected", "accepted")]
     agent = host.agent("--verbose")
     eventually(lambda: host.counts() == {"delivered": 6, "failed": 3})
     with open(f"/proc/{agent.pid}/cmdline", "rb") as file:
         assert SECRET not in file.read()
 
     outputs = [host.run(*command) for command in (("status",), ("status", "--json"), ("list",), ("list", "--json"))]
-    outputs += [host.run("show", str(number), *more) for number in range(1, 10) for more in ((), ("--json",))]
+    outputs += [host.run("show", str(number), *more) for number in ids for more in ((), ("--json",))]
     outputs += [host.run("flush", "--verbose"), host.run("retry", "--all-failed"), host.run("--nonsense")]
     host.end(agent)
 

@@ -62,8 +62,9 @@ class Site:
 
     def delivered(self):
         """The versions that the API of the moment has, in the order in which they came."""
-        asked = f"import urllib.request; print(urllib.request.urlopen('{API}/events').read().decode())"
-        found = json.loads(self.machine.run("/usr/bin/python3", "-c", asked).stdout)
+        # Asked again and again: by what starts in no time, not by a Python.
+        asked = r"exec 3<>/dev/tcp/127.0.0.1/8765; printf 'GET /events HTTP/1.0\r\n\r\n' >&3; cat <&3"
+        found = json.loads(self.machine.run("bash", "-c", asked).stdout.partition(b"\r\n\r\n")[2])
         events = found if isinstance(found, list) else found["events"]
         return [event["payload"]["version"] for event in events]
 

@@ -264,7 +264,15 @@ class Model(RuleBasedStateMachine):
         assert found.keys == [product for product in PRODUCTS if self.pending_of(product)]
 
 
-Model.TestCase.settings = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "150")), stateful_step_count=40, suppress_health_check=list(HealthCheck)
-)
-TestOutboxAgainstModel = Model.TestCase
+def at_length(examples):
+    """Settings for so many lives of an outbox, of forty steps each."""
+    return settings(max_examples=examples, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+
+
+class TestOutboxAgainstModel(Model.TestCase):
+    settings = at_length(int(os.environ.get("EXAMPLES", "60")))
+
+
+@pytest.mark.long
+class TestOutboxAgainstModelAtLength(Model.TestCase):
+    settings = at_length(600)
