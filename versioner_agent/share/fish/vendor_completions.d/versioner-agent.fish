@@ -34,7 +34,7 @@ complete -c versioner-agent -n '__versioner_agent_next ' -a amend -d 'Queue corr
 complete -c versioner-agent -n '__versioner_agent_next ' -a export -d 'Write pending records to a file for a connected host.'
 complete -c versioner-agent -n '__versioner_agent_next ' -a import -d 'Import what another host exported.'
 complete -c versioner-agent -n '__versioner_agent_next ' -a service -d 'Run the agent under systemd.'
-complete -c versioner-agent -n '__versioner_agent_next ' -a doctor -d 'Look for damage and say what to do.'
+complete -c versioner-agent -n '__versioner_agent_next ' -a doctor -d 'Look for what is wrong and say what to do.'
 complete -c versioner-agent -n '__versioner_agent_next ' -a check -d 'Say how the outbox is, as a monitoring plugin does.'
 complete -c versioner-agent -n '__versioner_agent_next ' -a metrics -d 'Print metrics of the outbox for Prometheus.'
 complete -c versioner-agent -n '__versioner_agent_next ' -a config -d 'Show every setting and where it comes from, or check a file.'
