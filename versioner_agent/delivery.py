@@ -55,7 +55,7 @@ class Look(NamedTuple):
     body: bytes = b""
     certificate: Mapping[str, Any] | None = None  # as getpeercert gives it; None without TLS
     problem: str = ""
-    is_tls: bool = False  # it was TLS that failed
+    tls_remedy: str = ""  # what to do where it was TLS that failed; else empty
 
 
 class Sender:
@@ -110,8 +110,8 @@ class Sender:
             response.stream.close()
             line.finish()
         except Exception as exc:  # noqa: BLE001  # whatever the network does, it was seen
-            is_tls = _cause(exc, ssl.SSLError) is not None
-            return Look(certificate=certificate, problem=self._failure(exc, None).detail, is_tls=is_tls)
+            remedy = tls.remedy(refused) if (refused := _cause(exc, ssl.SSLError)) else ""
+            return Look(certificate=certificate, problem=self._failure(exc, None).detail, tls_remedy=remedy)
         finally:
             line.close()
         return Look(response.status_code, dict(response.headers), body or b"", certificate)

@@ -479,6 +479,29 @@ def test_the_services_key_is_looked_for_where_the_outbox_is_the_services(host, t
     assert doctor.key_of(case).key is None
 
 
+def test_an_outbox_on_another_disk_is_the_services_where_its_configuration_says_so(host, tmp_path):
+    (tmp_path / "api_key").write_text(f"{KEY}\n")
+    service = doctor.layout.SYSTEM._replace(config=str(host.config), key=str(tmp_path / "api_key"))
+    host.config.write_text(f'db = "{host.path}"\n')
+    env = {**host.env, "VERSIONER_API_KEY": ""}
+    case = doctor.case_of({}, env, None)
+
+    assert doctor.key_of(case, service) == doctor.Key(KEY, service.key)
+    assert not doctor.is_services(doctor.case_of({"db": host.path + "s"}, env, None), service)
+    assert not doctor.is_services(case)
+
+
+def test_the_services_way_is_that_of_its_unit_and_not_of_the_shell(host):
+    unit = {"VERSIONER_API_URL": "https://other.example", "https_proxy": "http://units:1", "VERSIONER_AGENT_DB": "/x",
+            "VERSIONER_AGENT_CONFIG": "/x", "HOME": "/x"}  # fmt: skip
+    case = doctor.case_of({}, {**host.env, "HTTPS_PROXY": "http://shells:1", "no_proxy": "*"}, None)
+    env = doctor.environment_of(case, unit)
+
+    assert {name for name, value in env.items() if host.env.get(name) != value} == {"VERSIONER_API_URL", "https_proxy"}
+    assert env["https_proxy"] == "http://units:1"
+    assert doctor.environment_of(case, {}) == case.env
+
+
 def test_a_member_who_cannot_see_the_key_is_told_which_one_the_agent_uses(host):
     host.agent()
     eventually(lambda: host.presence().agent_key)
@@ -635,16 +658,16 @@ def authority(tmp_path):
 
 @needs_openssl
 @pytest.mark.parametrize(
-    ("names", "days", "is_known", "level", "words"),
+    ("names", "days", "is_known", "level", "words", "action"),
     [
-        (["IP:127.0.0.1"], 90, True, "ok", "certificate issued by Example, Example Test Authority, valid for 89 d"),
-        (["IP:127.0.0.1"], 10, True, "warning", "valid for 9 d"),
-        (["IP:127.0.0.1"], -1, True, "error", "certificate has expired"),
-        (["IP:127.0.0.1"], 90, False, "error", "(issued by Example Test Authority) is not trusted"),
-        (["DNS:other.example"], 90, True, "error", "is not trusted"),
+        (["IP:127.0.0.1"], 90, True, "ok", "certificate issued by Example, Example Test Authority, valid for 89 d", ""),
+        (["IP:127.0.0.1"], 10, True, "warning", "valid for 9 d", "have it renewed"),
+        (["IP:127.0.0.1"], -1, True, "error", "certificate has expired", "have it renewed"),
+        (["IP:127.0.0.1"], 90, False, "error", "(issued by Example Test Authority) is not trusted", "ca_bundle"),
+        (["DNS:other.example"], 90, True, "error", "is not trusted", "correct api_url"),
     ],
 )
-def test_certificates(host_for, serve, authority, names, days, is_known, level, words):
+def test_certificates(host_for, serve, authority, names, days, is_known, level, words, action):
     server = serve(api(), tls=authority.context(names=names, days=days))
     host = host_for(server.url)
     trusted = {"VERSIONER_AGENT_CA_BUNDLE": str(authority.certificate)} if is_known else {}
@@ -652,8 +675,16 @@ def test_certificates(host_for, serve, authority, names, days, is_known, level, 
 
     assert found["tls"]["level"] == level
     assert words in found["tls"]["finding"]
+    assert action in found["tls"]["action"]
     assert ("key_accepted" in found) == (level != "error")
     assert [seen.path for seen in server.requests] == (["/health", "/build-events/"] if level != "error" else [])
+
+
+def test_a_port_without_tls_is_no_matter_of_certificates(host):
+    found = examine(host, VERSIONER_API_URL=host.server.url.replace("http:", "https:"))
+
+    assert found["tls"]["level"] == "error"
+    assert "does not speak TLS" in found["tls"]["action"]
 
 
 # --- the service
@@ -683,6 +714,14 @@ def test_the_unit_is_judged_by_what_systemd_says(change, level, words):
     assert found.level == level
     assert words in found.finding
     assert bool(found.action) == (level != "ok")
+
+
+def test_what_a_stopped_service_said_last_is_not_told():
+    found = servicing.judged(
+        {**SHOWN, "ActiveState": "inactive", "SubState": "dead", "StatusText": "stopping: waiting"}
+    )
+
+    assert found.finding == "versioner-agent.service is inactive (dead)"
 
 
 @pytest.mark.parametrize(

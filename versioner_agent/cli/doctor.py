@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +21,7 @@ from versioner_agent.cli._common import (
     settings_options,
 )
 from versioner_agent.cli.status import GROUPS, status_json
-from versioner_agent.errors import UsageError
+from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.text import harmless, mask_keys, printable
 
 if TYPE_CHECKING:
@@ -77,7 +77,12 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
 
     if bundle is not None:
         bundles.refuse_existing(bundle)
+    machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
     case = checks.case_of(given_flags(options), os.environ, options["config"])
+    if checks.is_services(case):  # then what it is told matters, and not what this shell was
+        with suppress(AgentError):  # the check of the service says why
+            env = checks.environment_of(case, servicing.environment(machine))
+            case = checks.case_of(given_flags(options), env, options["config"])
     key = checks.key_of(case)
     found: list[Finding] = []
 
@@ -90,11 +95,10 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
         told, presence = checks.outbox(case, key, time.time(), deep=deep)
         parts = [_status(case, presence), *bundles.of_outbox(case)] if bundle else []
     say([*told, *checks.key(case, key, presence, offline=offline)])
-    machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
     services = servicing.examine(machine), servicing.examine(own)
     say([*services[0], *services[1]])
     if not offline:
-        say(probing.examine(case, key, machine))
+        say(probing.examine(case, key))
     if not as_json:
         echo(total(found))
     if bundle is not None:
