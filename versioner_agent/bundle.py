@@ -20,7 +20,7 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from versioner_agent import __version__, birthplace, damage, review, schema, servicing
+from versioner_agent import __version__, birthplace, config, damage, review, schema, servicing
 from versioner_agent.config import Key
 from versioner_agent.doctor import BUSY_S, Case, rows
 from versioner_agent.errors import AgentError, OutboxError, UsageError
@@ -29,7 +29,7 @@ from versioner_agent.machine import Machine
 from versioner_agent.records import record_json, time_json
 from versioner_agent.review import Attempt
 from versioner_agent.storage import Store
-from versioner_agent.text import mask_keys, printable, utc_time
+from versioner_agent.text import key_account, mask_keys, printable, utc_time
 
 TOP = "versioner-agent-support"
 RECORDS = 200
@@ -46,8 +46,8 @@ LEFT_OUT = (
     "what other programs wrote into the journal, and what is older than a day",
 )
 _SHORTEST_SECRET = 6
-#: Variables whose values are of use, and masked like all else.
-_SHOWN = re.compile(r"VERSIONER_(?!API_KEY$)\w+|\w+_proxy", re.IGNORECASE | re.ASCII)
+#: Variables whose values are of use, and masked like all else; so are proxies'.
+_SHOWN = {config.ENV_CONFIG, *(option.env for option in config.OPTIONS if not option.is_secret)}
 
 
 class Part(NamedTuple):
@@ -70,7 +70,8 @@ class Mask:
     def __call__(self, text: str) -> str:
         """Return *text* without them; JSON stays JSON."""
         for secret in self._secrets:  # first: a key may hold more than its form tells
-            text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
+            shown = mask_keys(secret) if key_account(secret) else "***"
+            text = text.replace(secret, shown).replace(json.dumps(secret)[1:-1], shown)
         text = mask_keys(text)
         text = re.sub(r"(VERSIONER_API_KEY\s*=\s*)[^\s\"'\\]+", r"\1***", text)
         text = re.sub(r"(?i)(_proxy\s*=\s*(?:https?://)?)[^\s\"'\\]*@", r"\1***@", text)
@@ -194,8 +195,8 @@ def _without_values(line: re.Match[str]) -> str:
     except ValueError:  # quoted in a way that only systemd knows
         return f"{line[1]}***"
     pairs = [word.partition("=") for word in words]
-    shown = [f"{name}={value if _SHOWN.fullmatch(name) else '***'}" for name, _, value in pairs]
-    return f"{line[1]}{shlex.join(shown)}"
+    shown = [(name, value if name in _SHOWN or name.lower().endswith("_proxy") else "***") for name, _, value in pairs]
+    return line[1] + shlex.join("=".join(pair) for pair in shown)
 
 
 def of_outbox(case: Case) -> list[Part]:
