@@ -139,9 +139,9 @@ def _api(sender: Sender, api_url: str, *, has_key: bool) -> list[Finding]:
     is_secure = api_url.lower().startswith("https:")
     found = _tls(look, time.time()) if is_secure else [ok("tls", "plain http, as configured")]
     if look.problem:
-        if not look.tls_remedy:
+        if not look.is_tls:
             found = [] if look.certificate is None else found
-            found.append(Finding("health", "error", look.problem, _NETWORK))
+            found.append(Finding("health", "error", look.problem, look.remedy or _NETWORK))
         return found
     found += [*_clock(look, time.time()), _health(look)]
     if found[-1].level == "error" or not has_key:
@@ -150,8 +150,8 @@ def _api(sender: Sender, api_url: str, *, has_key: bool) -> list[Finding]:
 
 
 def _tls(look: Look, now: float) -> list[Finding]:
-    if look.tls_remedy:
-        return [Finding("tls", "error", look.problem, look.tls_remedy)]
+    if look.is_tls:
+        return [Finding("tls", "error", look.problem, look.remedy)]
     return [expiry(look.certificate, now)] if look.certificate else []
 
 

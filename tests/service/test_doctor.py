@@ -632,6 +632,7 @@ def test_a_proxy_is_named_with_its_variable_and_without_its_password(host, serve
     assert found["proxy"]["finding"] == f"http://***@127.0.0.1:{proxy.port} (https_proxy)"
     assert found["health"]["level"] == "error"
     assert "refused: 407" in found["health"]["finding"]
+    assert "proxy" in found["health"]["action"]
     assert b"pa55word" not in done.stdout
     assert not [seen for seen in proxy.requests if KEY in str(seen)]
 
@@ -681,7 +682,19 @@ def test_certificates(host_for, serve, authority, names, days, is_known, level, 
 
 
 def test_a_port_without_tls_is_no_matter_of_certificates(host):
-    found = examine(host, VERSIONER_API_URL=host.server.url.replace("http:", "https:"))
+    def answer_in_plain():
+        for _ in ("the look at TCP", "the look at TLS"):
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                while connection.recv(4096):  # or it would be reset before the answer is read
+                    pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_in_plain, daemon=True)
+        thread.start()
+        found = examine(host, VERSIONER_API_URL=f"https://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join(30)
 
     assert found["tls"]["level"] == "error"
     assert "does not speak TLS" in found["tls"]["action"]
