@@ -79,13 +79,14 @@ def is_services(case: Case, service: layout.Layout = layout.SYSTEM) -> bool:
 
 def environment_of(case: Case, unit: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that the service has from its *unit* in place of ours: what leads it to the API."""
-    own = {name: value for name, value in case.env.items() if not (unit and _names_proxy(name))}
-    theirs = {name: value for name, value in unit.items() if name.startswith("VERSIONER_") or _names_proxy(name)}
+    own = {name: value for name, value in case.env.items() if not (unit and _leads(name))}
+    theirs = {name: value for name, value in unit.items() if name.startswith("VERSIONER_") or _leads(name)}
     return {**own, **{name: value for name, value in theirs.items() if name not in _OF_COMMANDS}}
 
 
-def _names_proxy(variable: str) -> bool:
-    return variable.lower().endswith("_proxy")
+def _leads(variable: str) -> bool:
+    """Tell whether a shell has *variable* for other purposes, while for the service it decides alone."""
+    return variable.lower().endswith("_proxy") or variable == "VERSIONER_API_KEY"
 
 
 def directory_of(case: Case) -> str:

@@ -498,6 +498,7 @@ def test_the_services_way_is_that_of_its_unit_and_not_of_the_shell(host):
     env = doctor.environment_of(case, unit)
 
     assert {name for name, value in env.items() if host.env.get(name) != value} == {"VERSIONER_API_URL", "https_proxy"}
+    assert "VERSIONER_API_KEY" not in env
     assert env["https_proxy"] == "http://units:1"
     assert doctor.environment_of(case, {}) == case.env
 

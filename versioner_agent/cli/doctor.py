@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from versioner_agent.doctor import Case
     from versioner_agent.findings import Finding
     from versioner_agent.locks import Presence
+    from versioner_agent.machine import Machine
 
 COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 CHECK_WIDTH = 13
@@ -78,11 +79,7 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
     if bundle is not None:
         bundles.refuse_existing(bundle)
     machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
-    case = checks.case_of(given_flags(options), os.environ, options["config"])
-    if checks.is_services(case):  # then what it is told matters, and not what this shell was
-        with suppress(AgentError):  # the check of the service says why
-            env = checks.environment_of(case, servicing.environment(machine))
-            case = checks.case_of(given_flags(options), env, options["config"])
+    case = _case(options, machine)
     key = checks.key_of(case)
     found: list[Finding] = []
 
@@ -105,9 +102,24 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
         parts += bundles.about(case, key, found) + bundles.of_service(
             own if services[1] and not services[0] else machine
         )
-        bundles.write(bundle, parts, bundles.Mask(bundles.secrets_of(case, key.key)))
+        shell = case._replace(env=os.environ)
+        secrets = [*bundles.secrets_of(case, key.key), *bundles.secrets_of(shell, None)]
+        bundles.write(bundle, parts, bundles.Mask(secrets))
         click.echo(f"written: {harmless(bundle)}; manifest.txt in it says what was left out", err=True)
     return exit_code(found)
+
+
+def _case(options: dict[str, Any], machine: Machine) -> Case:
+    """Read the configuration; for the outbox of the service, with what that is told, and not this shell."""
+    from versioner_agent import doctor as checks  # noqa: PLC0415
+    from versioner_agent import servicing  # noqa: PLC0415
+
+    case = checks.case_of(given_flags(options), os.environ, options["config"])
+    if checks.is_services(case):
+        with suppress(AgentError):  # the check of the service says why
+            env = checks.environment_of(case, servicing.environment(machine))
+            case = checks.case_of(given_flags(options), env, options["config"])
+    return case
 
 
 def _show(findings: Sequence[Finding], *, as_json: bool) -> None:
