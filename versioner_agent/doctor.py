@@ -221,7 +221,8 @@ def _destination(stats: Stats, here: Destination | None) -> list[Finding]:
         return [Finding("destination", "error", words, action)]
     if health.state in ("up", "unknown"):
         return [ok("destination", f"{bound.origin or 'none yet'}: {health.state}")]
-    words = f"{bound.origin or 'the API'}: {health.state}{f': {health.reason}' if health.reason else ''}"
+    where = bound.origin or (here.origin if here else None) or "the API"
+    words = f"{where}: {health.state}{f': {health.reason}' if health.reason else ''}"
     level = "error" if pending and health.state in _NEEDS_A_PERSON else "warning"
     return [Finding("destination", level, words, ADVICE.get(health.state, ""))]
 

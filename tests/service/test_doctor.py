@@ -339,10 +339,12 @@ def test_an_agent_that_is_stopped_is_named(host):
     process.send_signal(signal.SIGSTOP)
     eventually(lambda: premises.is_stopped(process.pid))
     found = examine(host)["agent"]
+    status = host.run("status").stdout.decode()
     process.send_signal(signal.SIGCONT)
 
     assert found["level"] == "error"
     assert found["action"] == f"kill -CONT {process.pid}"
+    assert f"STOPPED by a signal (pid {process.pid}): `kill -CONT {process.pid}`" in status
 
 
 def test_an_agent_that_died_leaves_events_that_wait_and_says_so(host):
