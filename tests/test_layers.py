@@ -137,8 +137,7 @@ ALLOWED = {
     "premises": {"files", "findings", "locks", "mounts"},
     "servicing": {"errors", "findings", "machine", "shipped"},
     "probing": {
-        "binding", "config", "delivery", "doctor", "errors", "findings", "layout", "machine", "network", "outcomes",
-        "program", "service", "service_key", "text", "tls", "urls",
+        "binding", "config", "delivery", "doctor", "errors", "findings", "network", "outcomes", "text", "tls", "urls",
     },
     "bundle": {
         "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "records", "review", "schema",
@@ -148,7 +147,7 @@ ALLOWED = {
     "service_key": {
         "binding", "config", "errors", "files", "outbox", "outcomes", "privileges", "review", "service", "shipped", "steps", "storage", "text",
     },
-    "removal": {"errors", "files", "locks", "privileges", "review", "service", "service_key", "shipped", "steps", "storage"},
+    "removal": {"errors", "files", "locks", "privileges", "review", "service", "service_key", "servicing", "shipped", "steps", "storage"},
     "sandbox": {"events", "loopback"},
     "demo": {"errors", "outbox", "review", "sandbox"},
 }  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sqlite3
 import ssl
 import tarfile
@@ -17,9 +18,9 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from versioner_agent import __version__, birthplace, damage, review, schema, servicing
+from versioner_agent import __version__, birthplace, config, damage, review, schema, servicing
 from versioner_agent.config import Key
 from versioner_agent.doctor import BUSY_S, Case, rows
 from versioner_agent.errors import AgentError, OutboxError, UsageError
@@ -28,7 +29,7 @@ from versioner_agent.machine import Machine
 from versioner_agent.records import record_json, time_json
 from versioner_agent.review import Attempt
 from versioner_agent.storage import Store
-from versioner_agent.text import mask_keys, printable, utc_time
+from versioner_agent.text import key_account, mask_keys, printable, utc_time
 
 TOP = "versioner-agent-support"
 RECORDS = 200
@@ -38,12 +39,15 @@ LEFT_OUT = (
     "the outbox's file, its copies and its journal",
     "API keys: what looks like one is masked wherever it stands, but for the account in it",
     "passwords in URLs, of proxies above all",
+    "the values of other variables than VERSIONER_… and proxies in units, and the credentials that they set",
     "the values of extra_metadata in records (their names are there)",
     f"all but the last {RECORDS} records",
     "the environment, other than which of its variables sets what",
     "what other programs wrote into the journal, and what is older than a day",
 )
 _SHORTEST_SECRET = 6
+#: Variables whose values are of use, and masked like all else; so are proxies'.
+_SHOWN = {config.ENV_CONFIG, *(option.env for option in config.OPTIONS if not option.is_secret)}
 
 
 class Part(NamedTuple):
@@ -65,11 +69,13 @@ class Mask:
 
     def __call__(self, text: str) -> str:
         """Return *text* without them; JSON stays JSON."""
+        for secret in self._secrets:  # first: a key may hold more than its form tells
+            shown = mask_keys(secret) if key_account(secret) else "***"
+            text = text.replace(secret, shown).replace(json.dumps(secret)[1:-1], shown)
         text = mask_keys(text)
-        for secret in self._secrets:
-            text = text.replace(secret, "***").replace(json.dumps(secret)[1:-1], "***")
         text = re.sub(r"(VERSIONER_API_KEY\s*=\s*)[^\s\"'\\]+", r"\1***", text)
-        return re.sub(r"(://)[^/\s@\"'<>\\]+@", r"\1***@", text)
+        text = re.sub(r"(?i)(_proxy\s*=\s*(?:https?://)?)[^\s\"'\\]*@", r"\1***@", text)
+        return re.sub(r"(://)[^/\s\"'<>\\]+@", r"\1***@", text)
 
 
 def secrets_of(case: Case, key: str | None) -> list[str | None]:
@@ -77,9 +83,10 @@ def secrets_of(case: Case, key: str | None) -> list[str | None]:
     proxies = [case.settings.proxy, *(value for name, value in case.env.items() if name.lower().endswith("_proxy"))]
     found = [key, case.settings.api_key, case.env.get("VERSIONER_API_KEY", "").strip()]
     for proxy in filter(None, proxies):
-        with suppress(ValueError):
-            password = urlsplit(proxy if "://" in proxy else f"http://{proxy}").password
-            found += [password, unquote(password)] if password else []
+        # Not as a URL: a password may hold what belongs into none.
+        userinfo = proxy.partition("://")[2 if "://" in proxy else 0].rpartition("@")[0]
+        user, _, password = userinfo.partition(":")
+        found += [userinfo, password or user, unquote(password or user)]  # a token may stand where the user does
     return found
 
 
@@ -92,7 +99,9 @@ def refuse_existing(path: str) -> None:
 def write(path: str, parts: Sequence[Part], mask: Mask) -> None:
     """Write the archive, for its owner only; all of it, or nothing. Raises UsageError, AgentError."""
     refuse_existing(path)
-    packed = _packed([_manifest(parts), *parts], mask, time.time())
+    masked = [part._replace(content=mask(part.content)) for part in parts]
+    manifest = _manifest(masked)
+    packed = _packed([manifest._replace(content=mask(manifest.content)), *masked], time.time())
     side = f"{path}.{os.getpid()}.part"
     try:
         fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -109,11 +118,11 @@ def write(path: str, parts: Sequence[Part], mask: Mask) -> None:
         raise AgentError(f"can't write {path}: {exc.strerror or exc}", "name a file in another place") from exc
 
 
-def _packed(parts: Iterable[Part], mask: Mask, now: float) -> bytes:
+def _packed(parts: Iterable[Part], now: float) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for part in parts:
-            data = mask(part.content).encode("utf-8", "replace")
+            data = part.content.encode("utf-8", "replace")
             entry = tarfile.TarInfo(f"{TOP}/{part.name}")
             entry.size, entry.mtime, entry.mode = len(data), int(now), 0o600
             archive.addfile(entry, io.BytesIO(data))
@@ -171,7 +180,23 @@ def of_service(machine: Machine) -> list[Part]:
         problem = "systemd is not running here"
         return [Part("units.txt", "", problem), Part("journal.txt", "", problem)]
     units, journal = servicing.units(machine), servicing.journal(machine)
-    return [Part("units.txt", *units), Part("journal.txt", *journal)]
+    return [Part("units.txt", without_variables(units.content), units.problem), Part("journal.txt", *journal)]
+
+
+def without_variables(units: str) -> str:
+    """Return *units* without the values of variables, but for ours and proxies, and without credentials' content."""
+    units = re.sub(r"(?m)^(\s*SetCredential(?:Encrypted)?\s*=\s*[^:\n]*:)(?:.*\\\n)*.*", r"\1***", units)
+    return re.sub(r"(?m)^(\s*Environment\s*=)((?:.*\\\n)*.*)", _without_values, units)
+
+
+def _without_values(line: re.Match[str]) -> str:
+    try:
+        words = shlex.split(line[2].replace("\\\n", " "))
+    except ValueError:  # quoted in a way that only systemd knows
+        return f"{line[1]}***"
+    pairs = [word.partition("=") for word in words]
+    shown = [(name, value if name in _SHOWN or name.lower().endswith("_proxy") else "***") for name, _, value in pairs]
+    return line[1] + shlex.join("=".join(pair) for pair in shown)
 
 
 def of_outbox(case: Case) -> list[Part]:

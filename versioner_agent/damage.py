@@ -65,6 +65,7 @@ def find(store: Store, *, deep: bool = False) -> OutboxDamaged | None:
             if not os.path.exists(store.path):
                 return None
             store.disconnect()
+            store.refuse_planted_link()
             refuse_foreign(store)  # nothing is made beside somebody else's file
         with store.turn():
             return examine(store, deep=deep)

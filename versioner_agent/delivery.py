@@ -22,7 +22,7 @@ import httpx
 from versioner_agent import __version__, network, tls
 from versioner_agent.errors import ConfigError
 from versioner_agent.network import Line, Proxy
-from versioner_agent.outcomes import Outcome, classify, no_answer, no_key, proxy_refused
+from versioner_agent.outcomes import ADVICE, Outcome, classify, no_answer, no_key, proxy_refused
 from versioner_agent.text import key_account
 from versioner_agent.urls import place_of
 
@@ -55,6 +55,7 @@ class Look(NamedTuple):
     body: bytes = b""
     certificate: Mapping[str, Any] | None = None  # as getpeercert gives it; None without TLS
     problem: str = ""
+    remedy: str = ""  # what to do, where more is known than that the network is in the way
     is_tls: bool = False  # it was TLS that failed
 
 
@@ -110,8 +111,9 @@ class Sender:
             response.stream.close()
             line.finish()
         except Exception as exc:  # noqa: BLE001  # whatever the network does, it was seen
-            is_tls = _cause(exc, ssl.SSLError) is not None
-            return Look(certificate=certificate, problem=self._failure(exc, None).detail, is_tls=is_tls)
+            failure, refused = self._failure(exc, None), _cause(exc, ssl.SSLError)
+            remedy = tls.remedy(refused) if refused else ADVICE["proxy"] if failure.reason == "proxy" else ""
+            return Look(certificate=certificate, problem=failure.detail, remedy=remedy, is_tls=refused is not None)
         finally:
             line.close()
         return Look(response.status_code, dict(response.headers), body or b"", certificate)
@@ -254,7 +256,7 @@ def _proxy(given: str) -> Proxy:
         return Proxy(str(url.copy_with(username=None, password=None, path="/", query=None, fragment=None)), auth)
     except (httpx.InvalidURL, ValueError, TypeError) as exc:
         raise ConfigError(
-            ["proxy: not a URL; characters like / # : @ in a password are written as %2F and so on"]
+            ["proxy: is not a URL; characters like / # : @ in a password are written as %2F and so on"]
         ) from exc
 
 

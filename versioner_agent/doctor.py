@@ -34,6 +34,8 @@ RECEIPT_DUE_S = 30 * 86_400.0
 _NEEDS_A_PERSON = ("unauthorized", "misrouted", "not_authentic", "proxy")
 #: Versions that can corrupt a file with write-ahead logging (https://sqlite.org/wal.html#walresetbug).
 _WAL_UNSAFE = ((3, 7, 0), (3, 51, 2))
+#: Where commands find outbox and configuration is for them to say.
+_OF_COMMANDS = ("VERSIONER_AGENT_DB", config.ENV_CONFIG)
 RUNBOOK = "see Runbooks in README"
 
 
@@ -63,6 +65,28 @@ def case_of(flags: Mapping[str, Any], env: Mapping[str, str], named: str | None)
     for key in {problem.key for problem in problems if problem.key}:
         usable[key] = config.BY_KEY[key].default
     return Case(settings._replace(values=usable), env, files, problems)
+
+
+def is_services(case: Case, service: layout.Layout = layout.SYSTEM) -> bool:
+    """Tell whether the outbox is the one that the *service* delivers from: of its directory, or its configuration."""
+    if case.unknown("db"):
+        return False
+    if f"{directory_of(case)}/".startswith(f"{service.state}/"):
+        return True
+    named = [file.content.get("db") for file in case.files if file.name == service.config]
+    return any(isinstance(db, str) and os.path.realpath(db) == os.path.realpath(case.settings.db) for db in named)
+
+
+def environment_of(case: Case, unit: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the service has from its *unit* in place of ours: what leads it to the API."""
+    own = {name: value for name, value in case.env.items() if not (unit and _leads(name))}
+    theirs = {name: value for name, value in unit.items() if name.startswith("VERSIONER_") or _leads(name)}
+    return {**own, **{name: value for name, value in theirs.items() if name not in _OF_COMMANDS}}
+
+
+def _leads(variable: str) -> bool:
+    """Tell whether a shell has *variable* for other purposes, while for the service it decides alone."""
+    return variable.lower().endswith("_proxy") or variable == "VERSIONER_API_KEY"
 
 
 def directory_of(case: Case) -> str:
@@ -197,7 +221,8 @@ def _destination(stats: Stats, here: Destination | None) -> list[Finding]:
         return [Finding("destination", "error", words, action)]
     if health.state in ("up", "unknown"):
         return [ok("destination", f"{bound.origin or 'none yet'}: {health.state}")]
-    words = f"{bound.origin or 'the API'}: {health.state}{f': {health.reason}' if health.reason else ''}"
+    where = bound.origin or (here.origin if here else None) or "the API"
+    words = f"{where}: {health.state}{f': {health.reason}' if health.reason else ''}"
     level = "error" if pending and health.state in _NEEDS_A_PERSON else "warning"
     return [Finding("destination", level, words, ADVICE.get(health.state, ""))]
 
@@ -250,8 +275,7 @@ def key_of(case: Case, service: layout.Layout = layout.SYSTEM) -> Key:
     """Return the key that delivers from the outbox: of the settings, else the service's where the outbox is its own."""
     settings = case.settings
     found = config.find_key(settings, case.env)
-    is_services = f"{directory_of(case)}/".startswith(f"{service.state}/")
-    if found.key or found.problem or not is_services:
+    if found.key or found.problem or not is_services(case, service):
         return found
     return config.find_key(settings._replace(values={**settings.values, "api_key_file": service.key}), {})
 
@@ -289,8 +313,9 @@ def _key_file(source: str, env: Mapping[str, str]) -> list[Finding]:
         return []  # a variable's name
     if not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         return []
-    words = f"{source} can be read by others than its owner (mode {stat.S_IMODE(found.st_mode):04o})"
-    return [Finding("key", "warning", words, f"chmod 600 {source}, and have a new key made if others were there")]
+    shown = mask_keys(source)
+    words = f"{shown} can be read by others than its owner (mode {stat.S_IMODE(found.st_mode):04o})"
+    return [Finding("key", "warning", words, f"chmod 600 {shown}, and have a new key made if others were there")]
 
 
 OVERDUE = """

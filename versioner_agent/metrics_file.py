@@ -22,6 +22,7 @@ from versioner_agent.storage import Store
 logger = logging.getLogger(__name__)
 
 WRITE_S = 15.0
+BUSY_S = 2.0  # who keeps the outbox locked for longer is told of, not waited for: the loop has other things to do
 MODE = 0o644  # a collector is another user
 #: How every file begins that we wrote.
 OURS = f"# HELP {metrics.PREFIX}".encode()
@@ -76,7 +77,7 @@ class MetricsFile:
     def __init__(self, outbox_path: str, busy_timeout: float) -> None:
         """Measure the outbox at *outbox_path*; nothing is written before there is a name."""
         self._outbox = outbox_path
-        self._busy_timeout = busy_timeout
+        self._busy_timeout = min(busy_timeout, BUSY_S)
         self._build = gauges.build()
         self._path: str | None = None
         self._written: tuple[int, int] | None = None

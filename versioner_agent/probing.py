@@ -17,16 +17,13 @@ from contextlib import closing
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from versioner_agent import binding, layout, network, program, tls, urls
+from versioner_agent import binding, network, tls, urls
 from versioner_agent.config import Key, Settings
 from versioner_agent.delivery import Look, Sender
 from versioner_agent.doctor import Case
 from versioner_agent.errors import AgentError, ConfigError
 from versioner_agent.findings import Finding, not_looked_at, ok
-from versioner_agent.machine import Machine
 from versioner_agent.outcomes import ADVICE, Outcome, classify
-from versioner_agent.service import Site
-from versioner_agent.service_key import unit_environment
 from versioner_agent.text import duration, mask_keys
 
 STEP_S = 5.0  # what each step may take
@@ -47,20 +44,11 @@ class Way(NamedTuple):
     proxy: str | None = None
 
 
-def examine(case: Case, key: Key, machine: Machine) -> list[Finding]:
-    """Look at the way to the API, the API, and what it says of *key*; the service's goes through its unit's proxy."""
+def examine(case: Case, key: Key) -> list[Finding]:
+    """Look at the way to the API, the API, and what it says of *key*."""
     if why := case.unknown(*_DECIDING):
         return [not_looked_at("network", why)]
-    env = {**case.env, **_proxies_of_unit(machine)} if key.source == layout.SYSTEM.key else case.env
-    return look(case.settings, env, key.key)
-
-
-def _proxies_of_unit(machine: Machine) -> dict[str, str]:
-    try:
-        found = unit_environment(Site(machine, layout.SYSTEM, program.found()))
-    except AgentError:
-        return {}
-    return {name: value for name, value in found.items() if name.lower().endswith("_proxy")}
+    return look(case.settings, case.env, key.key)
 
 
 def look(settings: Settings, env: Mapping[str, str], key: str | None) -> list[Finding]:
@@ -153,7 +141,7 @@ def _api(sender: Sender, api_url: str, *, has_key: bool) -> list[Finding]:
     if look.problem:
         if not look.is_tls:
             found = [] if look.certificate is None else found
-            found.append(Finding("health", "error", look.problem, _NETWORK))
+            found.append(Finding("health", "error", look.problem, look.remedy or _NETWORK))
         return found
     found += [*_clock(look, time.time()), _health(look)]
     if found[-1].level == "error" or not has_key:
@@ -163,8 +151,7 @@ def _api(sender: Sender, api_url: str, *, has_key: bool) -> list[Finding]:
 
 def _tls(look: Look, now: float) -> list[Finding]:
     if look.is_tls:
-        action = "install the issuer's certificate on this host, or name it as ca_bundle"
-        return [Finding("tls", "error", look.problem, action)]
+        return [Finding("tls", "error", look.problem, look.remedy)]
     return [expiry(look.certificate, now)] if look.certificate else []
 
 

@@ -17,7 +17,8 @@ from versioner_agent.files import size_of
 from versioner_agent.locks import FLUSHER_SUFFIX, QUEUE_SUFFIX, WriteQueue
 from versioner_agent.privileges import as_owner_of
 from versioner_agent.service import ACCOUNT, Site, installed_command, is_our_link
-from versioner_agent.service_key import settings_of, unit_environment
+from versioner_agent.service_key import settings_of
+from versioner_agent.servicing import environment
 from versioner_agent.steps import Work
 from versioner_agent.storage import DEFAULT_BUSY_TIMEOUT_S, OutboxMissing, Store
 
@@ -103,7 +104,7 @@ def _tell_what_stays(site: Site, work: Work, elsewhere: str | None) -> None:
 def _outbox_elsewhere(site: Site, env: Mapping[str, str]) -> str | None:
     """Return the configured outbox where it is not in the state directory."""
     with suppress(ConfigError):
-        given = str(settings_of(site, env, unit_environment(site)).db)
+        given = str(settings_of(site, env, environment(site.machine)).db)
         path = os.path.realpath(site.machine.at(given) if site.machine.is_image else given)
         if not path.startswith(f"{os.path.realpath(site.machine.at(site.layout.state))}/"):
             return path

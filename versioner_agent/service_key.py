@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import shlex
 import sys
 import time
 import uuid
@@ -90,17 +89,6 @@ def _from_stdin() -> bytes:
             break
         content += piece
     return content
-
-
-def unit_environment(site: Site) -> dict[str, str]:
-    """Return the variables that the unit, with its drop-ins, gives the service: a proxy may be named only there."""
-    if not site.machine.has_systemd:
-        return {}
-    try:
-        words = shlex.split(site.machine.shown(shipped.SERVICE, "Environment")["Environment"])
-    except ValueError:  # quoted in a way that only systemd knows
-        return {}
-    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def settings_of(site: Site, env: Mapping[str, str], unit: Mapping[str, str] = MappingProxyType({})) -> Settings:

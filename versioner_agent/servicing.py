@@ -5,6 +5,7 @@ Only asks; a machine without systemd, or without the unit, has nothing to tell.
 
 from __future__ import annotations
 
+import shlex
 from typing import NamedTuple
 
 from versioner_agent import shipped
@@ -43,7 +44,8 @@ def examine(machine: Machine) -> list[Finding]:
 def judged(shown: dict[str, str], *, user: str = "") -> Finding:
     """Judge the properties of the unit; *user* is `--user ` for one of a user's own."""
     name = shipped.SERVICE.removesuffix(".service")
-    says = f": {shown['StatusText']}" if shown["StatusText"] else ""
+    has_ended = shown["ActiveState"] == "inactive"  # what it said last was that it stops
+    says = f": {shown['StatusText']}" if shown["StatusText"] and not has_ended else ""
     restarts = f", restarted {shown['NRestarts']} times" if shown["NRestarts"] not in ("", "0") else ""
     words = f"{shipped.SERVICE} is {shown['ActiveState']} ({shown['SubState']}){restarts}{says}"
     if shown["LoadState"] == "masked":
@@ -59,6 +61,17 @@ def judged(shown: dict[str, str], *, user: str = "") -> Finding:
     if shown["UnitFileState"] == "disabled":
         return Finding("service", "warning", f"{words}; it does not start at boot", f"systemctl {user}enable {name}")
     return ok("service", words)
+
+
+def environment(machine: Machine) -> dict[str, str]:
+    """Return the variables that the unit, with its drop-ins, gives the service: a proxy may be named only there."""
+    if not machine.has_systemd:
+        return {}
+    try:
+        words = shlex.split(machine.shown(shipped.SERVICE, "Environment")["Environment"])
+    except ValueError:  # quoted in a way that only systemd knows
+        return {}
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def units(machine: Machine) -> Text:

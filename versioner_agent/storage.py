@@ -103,7 +103,7 @@ class Store:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the write queue for the block: nobody else writes meanwhile. Raises OutboxBusy, OSError."""
-        self._refuse_planted_link()
+        self.refuse_planted_link()
         most = self.busy_timeout * self.patience
         if not self._queue.acquire(self.busy_timeout, most=most, progress=partial(changed_at, self.path)):
             raise OutboxBusy(
@@ -172,7 +172,7 @@ class Store:
         if self._connection is not None and (inode is None or inode != self._inode):
             self.disconnect()
         if self._connection is None:
-            self._refuse_planted_link()
+            self.refuse_planted_link()
             if inode is None:
                 if not create or self.is_remembered():
                     raise self._missing()
@@ -193,7 +193,7 @@ class Store:
             )
         return found.st_dev, found.st_ino
 
-    def _refuse_planted_link(self) -> None:
+    def refuse_planted_link(self) -> None:
         """In a shared directory a link could make us write to a place of its maker's choice."""
         if not os.path.islink(self._given):
             return

@@ -21,6 +21,14 @@ _SYSTEM_STORES = (
     "/etc/ssl/ca-bundle.pem",
     "/etc/ssl/cert.pem",
 )
+#: What to do, by X509_V_ERR_… (https://docs.openssl.org/3.0/man3/X509_STORE_CTX_get_error/).
+_OTHER_NAME = "correct api_url, or have the certificate made for that name; a portal may answer in the API's place"
+_REMEDIES = {
+    9: "set this host's clock (timedatectl set-ntp true), or wait until the certificate is valid",
+    10: "have it renewed where the API is, if this host's clock is right (date)",
+    62: _OTHER_NAME,
+    64: _OTHER_NAME,
+}
 _COMMON_NAME = bytes((0x55, 0x04, 0x03))  # OID 2.5.4.3
 _ORGANISATION = bytes((0x55, 0x04, 0x0A))  # OID 2.5.4.10
 
@@ -66,6 +74,14 @@ def explain(exc: ssl.SSLCertVerificationError, store: str, host: str, certificat
             issuer = issuer_name(certificate)
     issued = f" (issued by {issuer})" if issuer else ""
     return f"the certificate of {host}{issued} is not trusted: {reason}; checked against {store}"
+
+
+def remedy(exc: BaseException) -> str:
+    """Say what to do about a connection on which TLS failed."""
+    if not isinstance(exc, ssl.SSLCertVerificationError):
+        return "look at api_url, its port, and what is on the way: what answers there does not speak TLS as expected"
+    unknown = "install the issuer's certificate on this host, or name it as ca_bundle"
+    return _REMEDIES.get(exc.verify_code, unknown)
 
 
 def issuer_name(certificate: bytes) -> str | None:

@@ -305,3 +305,18 @@ def test_check_changes_nothing(checked, agent):
 
     assert json.dumps(agent.json("status")[0]["counts"]) == before
     assert sorted(os.listdir(agent.directory / "state")) == files
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_line_that_cannot_be_written_is_unknown_and_no_warning(host_for):
+    host = host_for()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            (sys.executable, "-m", "versioner_agent", "check"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=host.env,
+            check=False,
+        )
+
+    assert (done.returncode, done.stderr) == (UNKNOWN, b"")

@@ -10,7 +10,7 @@ import pytest
 from accounts import OTHER_MEMBER, OWNER, why_not
 from crash import needs_strace
 
-from versioner_agent import Outbox, mending
+from versioner_agent import Outbox, doctor, mending
 from versioner_agent.errors import OutboxError
 from versioner_agent.files import has_hot_journal, inode_of
 from versioner_agent.locks import FlusherLock
@@ -280,6 +280,20 @@ def test_whose_agent_is_there_is_not_read_through_a_link(tmp_path):
         (tmp_path / "outbox.db.flusher").symlink_to(other.path)
 
         assert not FlusherLock(str(tmp_path / "outbox.db")).presence().has_agent
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")
+def test_doctor_looks_through_no_link_that_another_user_made(tmp_path):
+    secret, planted = tmp_path / "secret", tmp_path / "outbox.db"
+    secret.write_text("root:x:")
+    planted.symlink_to(secret)
+    os.lchown(planted, 12345, 12345)
+    found, _ = doctor.outbox(
+        doctor.case_of({"db": str(planted)}, {}, os.devnull), doctor.Key(None, ""), 0.0, deep=False
+    )
+
+    assert found[0].level == "error"
+    assert "a symbolic link made by uid 12345" in found[0].finding
 
 
 def test_a_new_outbox_is_not_built_through_a_link(tmp_path, monkeypatch):

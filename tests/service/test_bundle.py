@@ -13,7 +13,7 @@ import pytest
 from host import KEY, eventually
 from scripted import refused
 
-from versioner_agent import bundle
+from versioner_agent import bundle, doctor
 from versioner_agent.bundle import TOP, Mask, Part
 from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.machine import Machine, Ran
@@ -178,10 +178,54 @@ def test_units_and_journal_are_in_it_without_secrets(tmp_path):
     bundle.write(str(path), bundle.of_service(machine(answers)), Mask([]))
     found = unpacked(path)
 
-    assert "Environment=VERSIONER_API_KEY=***" in found["units.txt"]
+    assert "Environment='VERSIONER_API_KEY=***'" in found["units.txt"]
     assert "other-form" not in found["units.txt"]
     assert found["journal.txt"].count("Bearer sk_acme_***") == 3
     assert SECRET not in "".join(found.values())
+
+
+def test_variables_and_credentials_of_units_are_left_out_however_they_are_written(tmp_path):
+    unit = """[Service]
+Environment="VERSIONER_API_KEY=two words" HTTPS_PROXY=user:hunter22@proxy:3128 'MY_TOKEN=tok en'
+ Environment = ALL_PROXY=http://u:p@ss/hunter33@h:1 VERSIONER_API_KEY_OLD=a1a1a1\\
+  DB_PASSWORD=b4b4b4 VERSIONER_API_URL=https://api.example no_proxy=x.example
+Environment="not closed=c5c5c5
+SetCredential=api_key:d6d6d6\\
+e7e7e7
+ExecStart=/usr/bin/true
+"""
+    path = tmp_path / "x.tar.gz"
+    bundle.write(
+        str(path), bundle.of_service(machine({"systemctl": Ran(0, unit), "journalctl": Ran(0, "x")})), Mask([])
+    )
+    shown = unpacked(path)["units.txt"]
+
+    for secret in ("two", "words", "hunter", "tok en", "a1a1a1", "b4b4b4", "c5c5c5", "d6d6d6", "e7e7e7", "p@ss"):
+        assert secret not in shown
+    for kept in (
+        "VERSIONER_API_URL=https://api.example",
+        "no_proxy=x.example",
+        "@proxy:3128",
+        "@h:1",
+        "MY_TOKEN",
+        "ExecStart",
+    ):
+        assert kept in shown
+
+
+def test_a_secret_that_only_begins_like_a_key_is_masked_to_its_end():
+    assert Mask(["sk_acme_k1_abc.rest/x"])("key sk_acme_k1_abc.rest/x") == "key ***"
+    assert Mask([])("http://u:p@ss@h") == "http://***@h"
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://user:pa/55word@h:1", "user:pa@55word@h:1", "http://pa55wordtoken@h", "u:pa%2F55word@h"]
+)
+def test_a_proxys_secret_is_known_even_where_it_makes_no_url(proxy):
+    case = doctor.case_of({}, {"HTTPS_PROXY": proxy, "HOME": "/nowhere"}, None)
+    mask = Mask(bundle.secrets_of(case, None))
+
+    assert "55word" not in mask(f"the proxy said: {proxy.rpartition('@')[0].rpartition('/' * 2)[2]}")
 
 
 def test_a_long_journal_is_cut_at_its_beginning_between_lines():

@@ -340,10 +340,12 @@ def test_an_agent_that_is_stopped_is_named(host):
     process.send_signal(signal.SIGSTOP)
     eventually(lambda: premises.is_stopped(process.pid))
     found = examine(host)["agent"]
+    status = host.run("status").stdout.decode()
     process.send_signal(signal.SIGCONT)
 
     assert found["level"] == "error"
     assert found["action"] == f"kill -CONT {process.pid}"
+    assert f"STOPPED by a signal (pid {process.pid}): `kill -CONT {process.pid}`" in status
 
 
 def test_an_agent_that_died_leaves_events_that_wait_and_says_so(host):
@@ -480,6 +482,30 @@ def test_the_services_key_is_looked_for_where_the_outbox_is_the_services(host, t
     assert doctor.key_of(case).key is None
 
 
+def test_an_outbox_on_another_disk_is_the_services_where_its_configuration_says_so(host, tmp_path):
+    (tmp_path / "api_key").write_text(f"{KEY}\n")
+    service = doctor.layout.SYSTEM._replace(config=str(host.config), key=str(tmp_path / "api_key"))
+    host.config.write_text(f'db = "{host.path}"\n')
+    env = {**host.env, "VERSIONER_API_KEY": ""}
+    case = doctor.case_of({}, env, None)
+
+    assert doctor.key_of(case, service) == doctor.Key(KEY, service.key)
+    assert not doctor.is_services(doctor.case_of({"db": host.path + "s"}, env, None), service)
+    assert not doctor.is_services(case)
+
+
+def test_the_services_way_is_that_of_its_unit_and_not_of_the_shell(host):
+    unit = {"VERSIONER_API_URL": "https://other.example", "https_proxy": "http://units:1", "VERSIONER_AGENT_DB": "/x",
+            "VERSIONER_AGENT_CONFIG": "/x", "HOME": "/x"}  # fmt: skip
+    case = doctor.case_of({}, {**host.env, "HTTPS_PROXY": "http://shells:1", "no_proxy": "*"}, None)
+    env = doctor.environment_of(case, unit)
+
+    assert {name for name, value in env.items() if host.env.get(name) != value} == {"VERSIONER_API_URL", "https_proxy"}
+    assert "VERSIONER_API_KEY" not in env
+    assert env["https_proxy"] == "http://units:1"
+    assert doctor.environment_of(case, {}) == case.env
+
+
 def test_a_member_who_cannot_see_the_key_is_told_which_one_the_agent_uses(host):
     host.agent()
     eventually(lambda: host.presence().agent_key)
@@ -610,6 +636,7 @@ def test_a_proxy_is_named_with_its_variable_and_without_its_password(host, serve
     assert found["proxy"]["finding"] == f"http://***@127.0.0.1:{proxy.port} (https_proxy)"
     assert found["health"]["level"] == "error"
     assert "refused: 407" in found["health"]["finding"]
+    assert "proxy" in found["health"]["action"]
     assert b"pa55word" not in done.stdout
     assert not [seen for seen in proxy.requests if KEY in str(seen)]
 
@@ -636,16 +663,16 @@ def authority(tmp_path):
 
 @needs_openssl
 @pytest.mark.parametrize(
-    ("names", "days", "is_known", "level", "words"),
+    ("names", "days", "is_known", "level", "words", "action"),
     [
-        (["IP:127.0.0.1"], 90, True, "ok", "certificate issued by Example, Example Test Authority, valid for 89 d"),
-        (["IP:127.0.0.1"], 10, True, "warning", "valid for 9 d"),
-        (["IP:127.0.0.1"], -1, True, "error", "certificate has expired"),
-        (["IP:127.0.0.1"], 90, False, "error", "(issued by Example Test Authority) is not trusted"),
-        (["DNS:other.example"], 90, True, "error", "is not trusted"),
+        (["IP:127.0.0.1"], 90, True, "ok", "certificate issued by Example, Example Test Authority, valid for 89 d", ""),
+        (["IP:127.0.0.1"], 10, True, "warning", "valid for 9 d", "have it renewed"),
+        (["IP:127.0.0.1"], -1, True, "error", "certificate has expired", "have it renewed"),
+        (["IP:127.0.0.1"], 90, False, "error", "(issued by Example Test Authority) is not trusted", "ca_bundle"),
+        (["DNS:other.example"], 90, True, "error", "is not trusted", "correct api_url"),
     ],
 )
-def test_certificates(host_for, serve, authority, names, days, is_known, level, words):
+def test_certificates(host_for, serve, authority, names, days, is_known, level, words, action):
     server = serve(api(), tls=authority.context(names=names, days=days))
     host = host_for(server.url)
     trusted = {"VERSIONER_AGENT_CA_BUNDLE": str(authority.certificate)} if is_known else {}
@@ -653,8 +680,28 @@ def test_certificates(host_for, serve, authority, names, days, is_known, level, 
 
     assert found["tls"]["level"] == level
     assert words in found["tls"]["finding"]
+    assert action in found["tls"]["action"]
     assert ("key_accepted" in found) == (level != "error")
     assert [seen.path for seen in server.requests] == (["/health", "/build-events/"] if level != "error" else [])
+
+
+def test_a_port_without_tls_is_no_matter_of_certificates(host):
+    def answer_in_plain():
+        for _ in ("the look at TCP", "the look at TLS"):
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                while connection.recv(4096):  # or it would be reset before the answer is read
+                    pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_in_plain, daemon=True)
+        thread.start()
+        found = examine(host, VERSIONER_API_URL=f"https://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join(30)
+
+    assert found["tls"]["level"] == "error"
+    assert "does not speak TLS" in found["tls"]["action"]
 
 
 # --- the service
@@ -684,6 +731,14 @@ def test_the_unit_is_judged_by_what_systemd_says(change, level, words):
     assert found.level == level
     assert words in found.finding
     assert bool(found.action) == (level != "ok")
+
+
+def test_what_a_stopped_service_said_last_is_not_told():
+    found = servicing.judged(
+        {**SHOWN, "ActiveState": "inactive", "SubState": "dead", "StatusText": "stopping: waiting"}
+    )
+
+    assert found.finding == "versioner-agent.service is inactive (dead)"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sqlite3
 import stat
 import time
 
@@ -223,3 +224,16 @@ def test_the_outbox_is_never_taken_for_it(host_for, serve):
     eventually(lambda: host.counts() == {"delivered": 2})
     assert host.end(process) == 0
     assert host.counts() == {"delivered": 2}
+
+
+def test_an_outbox_that_is_kept_locked_does_not_keep_the_loop_waiting(outbox, target):
+    """Were it waited for as long as others may wait, this would take ten minutes."""
+    outbox.enqueue("build", {"product_name": "a", "version": "1", "status": "completed"})
+    outbox.store.disconnect()
+    file = MetricsFile(outbox.store.path, 600.0)
+    file.name(str(target))
+    with contextlib.closing(sqlite3.connect(outbox.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        file.tell(time.monotonic())
+
+    assert value(metrics_of(target), "outbox_readable") == 0

@@ -13,7 +13,7 @@ from host import free_port
 from pretend import NO_COMMANDS, OLD_KEY, changes, command, tree, work
 from scripted import accepted, answer, refused
 
-from versioner_agent import Outbox, layout, removal, service_key, shipped, steps
+from versioner_agent import Outbox, layout, removal, service_key, servicing, shipped, steps
 from versioner_agent.errors import AgentError, OtherDestination, UsageError
 from versioner_agent.ledger import Ledger
 from versioner_agent.outcomes import Outcome, no_key
@@ -417,10 +417,10 @@ def test_a_proxy_that_only_the_unit_names_is_used_for_the_trial(machine):
     """As a drop-in gives it, so that its password is in no file that everybody reads."""
     machine.environment = 'VERSIONER_AGENT_CONFIG=/etc/x VERSIONER_AGENT_PROXY=http://me:pw@proxy:3128 "A=b c"'
 
-    unit = service_key.unit_environment(machine.site)
+    unit = servicing.environment(machine.site.machine)
     settings = service_key.settings_of(machine.site, {"HTTPS_PROXY": "http://shells:1"}, unit)
 
     assert unit["A"] == "b c"
     assert settings.proxy == "http://me:pw@proxy:3128"
     machine.environment = '"not closed'
-    assert service_key.unit_environment(machine.site) == {}
+    assert servicing.environment(machine.site.machine) == {}

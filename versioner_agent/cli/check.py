@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -117,4 +117,5 @@ def _is_open_to_us(path: str) -> bool:
 
 
 def _tell(level: int, words: str) -> None:
-    click.echo(line(level, words))
+    with suppress(OSError):  # nobody listens: then the exit code says it
+        click.echo(line(level, words))

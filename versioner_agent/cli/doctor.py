@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +21,7 @@ from versioner_agent.cli._common import (
     settings_options,
 )
 from versioner_agent.cli.status import GROUPS, status_json
-from versioner_agent.errors import UsageError
+from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.text import harmless, mask_keys, printable
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from versioner_agent.doctor import Case
     from versioner_agent.findings import Finding
     from versioner_agent.locks import Presence
+    from versioner_agent.machine import Machine
 
 COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 CHECK_WIDTH = 13
@@ -77,7 +78,8 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
 
     if bundle is not None:
         bundles.refuse_existing(bundle)
-    case = checks.case_of(given_flags(options), os.environ, options["config"])
+    machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
+    case = _case(options, machine)
     key = checks.key_of(case)
     found: list[Finding] = []
 
@@ -90,20 +92,34 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
         told, presence = checks.outbox(case, key, time.time(), deep=deep)
         parts = [_status(case, presence), *bundles.of_outbox(case)] if bundle else []
     say([*told, *checks.key(case, key, presence, offline=offline)])
-    machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
     services = servicing.examine(machine), servicing.examine(own)
     say([*services[0], *services[1]])
     if not offline:
-        say(probing.examine(case, key, machine))
+        say(probing.examine(case, key))
     if not as_json:
         echo(total(found))
     if bundle is not None:
         parts += bundles.about(case, key, found) + bundles.of_service(
             own if services[1] and not services[0] else machine
         )
-        bundles.write(bundle, parts, bundles.Mask(bundles.secrets_of(case, key.key)))
+        shell = case._replace(env=os.environ)
+        secrets = [*bundles.secrets_of(case, key.key), *bundles.secrets_of(shell, None)]
+        bundles.write(bundle, parts, bundles.Mask(secrets))
         click.echo(f"written: {harmless(bundle)}; manifest.txt in it says what was left out", err=True)
     return exit_code(found)
+
+
+def _case(options: dict[str, Any], machine: Machine) -> Case:
+    """Read the configuration; for the outbox of the service, with what that is told, and not this shell."""
+    from versioner_agent import doctor as checks  # noqa: PLC0415
+    from versioner_agent import servicing  # noqa: PLC0415
+
+    case = checks.case_of(given_flags(options), os.environ, options["config"])
+    if checks.is_services(case):
+        with suppress(AgentError):  # the check of the service says why
+            env = checks.environment_of(case, servicing.environment(machine))
+            case = checks.case_of(given_flags(options), env, options["config"])
+    return case
 
 
 def _show(findings: Sequence[Finding], *, as_json: bool) -> None:

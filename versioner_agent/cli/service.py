@@ -97,7 +97,7 @@ def set_key(source: str | None, user: bool, timeout: float, force: bool, dry_run
     \b
     sudo versioner-agent service set-key
     """
-    from versioner_agent import service_key, urls  # noqa: PLC0415
+    from versioner_agent import service_key, servicing, urls  # noqa: PLC0415
     from versioner_agent.text import key_public_part  # noqa: PLC0415
 
     site = _site(user=user, root=None, dry_run=False)
@@ -105,7 +105,7 @@ def set_key(source: str | None, user: bool, timeout: float, force: bool, dry_run
         key = service_key.checked(_asked("API key").encode(), "the terminal")
     else:
         key = service_key.read_given(source or "-")
-    unit = service_key.unit_environment(site)
+    unit = servicing.environment(site.machine)
     settings = service_key.settings_of(site, os.environ, unit)
     work = _work(dry_run=dry_run, as_json=as_json)
     env = {**os.environ, **unit}

@@ -172,18 +172,26 @@ def _lines(path: str, stats: Stats, failures: Summary, presence: Presence, api_u
             lines += [f"{' ' * 13}{line}" for line in _failure_lines(failures)]
     lines += _batch_lines(stats, now)
     lines += _destination_lines(stats, api_url, now)
-    if presence.has_agent:
-        key = f", key {printable(presence.agent_key)}" if presence.agent_key else ""
-        lines.append(f"agent        running (pid {presence.agent_pid or 'unknown'}){key}")
-    else:
-        waiting = "; `versioner-agent run` or `flush` delivers what is pending" if stats.counts["pending"] else ""
-        lines.append(f"agent        {'a flush is running' if presence.is_delivering else 'not running'}{waiting}")
+    lines.append(f"agent        {_agent_words(presence, has_pending=stats.counts['pending'] > 0)}")
     for held in stats.held[:HELD_LINES]:
         words = printable(f"{held.product_name} waits for record {held.id} ({held.reason})")
         lines.append(f"held         {words} since {age(held.since, now)}")
     if len(stats.held) > HELD_LINES:
         lines.append(f"             and more: {len(stats.held) - HELD_LINES} other products at least")
     return lines
+
+
+def _agent_words(presence: Presence, *, has_pending: bool) -> str:
+    from versioner_agent.premises import is_stopped  # noqa: PLC0415
+
+    if not presence.has_agent:
+        waiting = "; `versioner-agent run` or `flush` delivers what is pending" if has_pending else ""
+        return f"{'a flush is running' if presence.is_delivering else 'not running'}{waiting}"
+    pid = presence.agent_pid
+    if pid is not None and is_stopped(pid):
+        return f"STOPPED by a signal (pid {pid}): `kill -CONT {pid}`"
+    key = f", key {printable(presence.agent_key)}" if presence.agent_key else ""
+    return f"running (pid {pid or 'unknown'}){key}"
 
 
 def _exported_note(stats: Stats, now: float) -> str:
