@@ -227,10 +227,19 @@ def retry_objection(connection: sqlite3.Connection, record: Record, *, out_of_or
 
 def overtaken_by(connection: sqlite3.Connection, record: Record) -> int | None:
     """Return a later record of the run, product and environment of *record* that was delivered; None without one."""
+    return _of_its_run(connection, record, "delivered")
+
+
+def waiting_after(connection: sqlite3.Connection, record: Record) -> int | None:
+    """Return a later record of the run, product and environment of *record* that is pending; None without one."""
+    return _of_its_run(connection, record, "pending")
+
+
+def _of_its_run(connection: sqlite3.Connection, record: Record, state: str) -> int | None:
     if record.invoke_id is None:
         return None
-    named = (record.invoke_id, record.product_name, record.environment_name, record.kind, record.id)
-    row = connection.execute(DELIVERED_AFTER, named).fetchone()
+    named = (record.invoke_id, record.product_name, record.environment_name, record.kind, record.id, state)
+    row = connection.execute(LATER_OF_RUN, named).fetchone()
     return int(row[0]) if row else None
 
 
@@ -296,10 +305,10 @@ FAILED_IDS = "SELECT id FROM record WHERE state = 'failed' ORDER BY id"
 QUEUED_AGAIN = f"""
     SELECT id FROM record WHERE identity = ? AND id > ? AND state IN ({placeholders(list(LIVE_STATES))}) LIMIT 1
 """  # noqa: S608
-DELIVERED_AFTER = """
+LATER_OF_RUN = """
     SELECT id FROM record
     WHERE invoke_id = ? AND product_name = ? AND environment_name IS ? AND kind = ? AND id > ?
-        AND state = 'delivered' LIMIT 1
+        AND state = ? LIMIT 1
 """
 RETRY = """
     UPDATE record SET state = 'pending', batch = CASE WHEN batch > 0 THEN batch END, retries = retries + 1,

@@ -11,7 +11,7 @@ import pytest
 from crash import killed_at, needs_strace
 from host import COMMAND
 
-from versioner_agent import events
+from versioner_agent import events, groups
 from versioner_agent.outbox import Outbox
 
 WORDS = "exists with a different SHA, " + "and the API has a lot to say about it, " * 10 + "the end"
@@ -115,6 +115,15 @@ def test_what_a_closed_pipe_has_kept_is_told_again(outbox, env):
     assert WORDS.encode() in run("list", "--new", "mail", env=env, stdout=subprocess.PIPE).stdout
 
 
+def test_what_nobody_could_hear_is_told_again(outbox, env):
+    """A caller that has closed stdout has seen nothing."""
+    failed(outbox)
+    done = run("list", "--new", "mail", env=env, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert WORDS.encode() in run("list", "--new", "mail", env=env, stdout=subprocess.PIPE).stdout
+
+
 def test_what_a_full_disk_has_kept_is_told_again(outbox, env):
     failed(outbox)
     with open("/dev/full", "wb") as full:
@@ -210,6 +219,17 @@ def test_status_tells_five_groups_and_how_many_more(cli, outbox):
     out = cli("status").out
     assert out.count("refused (conflict)") == 5
     assert "… and 3 groups: `versioner-agent list --groups`" in out
+
+
+def test_status_says_that_it_has_not_counted_all(cli, outbox, monkeypatch):
+    for _ in range(4):
+        failed(outbox)
+    monkeypatch.setattr(groups, "PAGE", 1)
+    monkeypatch.setattr(groups, "MOST_ROWS", 3)
+
+    out = cli("status").out
+    assert "pay 1.2.3: 3 refused" in out
+    assert "… and more: only 3 failures were looked at, `versioner-agent list --groups` counts all" in out
 
 
 def test_retry_by_filter_says_what_it_would_do_and_does_it_with_yes(cli, outbox):

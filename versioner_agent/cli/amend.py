@@ -60,7 +60,7 @@ def amend(
     if not assignments and not unset:
         raise UsageError("say what is to change: --set FIELD=VALUE, --unset FIELD")
     wanted = amending.correction(assignments, unset)
-    chosen = list(dict.fromkeys(ids)) if ids else filter_of(options, default_state="failed")
+    chosen = ids or filter_of(options, default_state="failed")
     settings = outbox_settings(options)
     counts: dict[str, int] = {}
     do = amending.amend if yes else amending.planned
