@@ -20,7 +20,7 @@ VALUE_CHARS = 300
 
 
 @click.command()
-@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="[ID...]")
 @filter_options("failed", "pending")
 @click.option(
     "--set",

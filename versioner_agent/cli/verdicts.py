@@ -26,7 +26,7 @@ LEFT_OUT_LINES = 20
 
 
 @click.command()
-@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="[ID...]")
 @click.option("--all-failed", is_flag=True, help="All failed records.")
 @filter_options("failed", "exported")
 @click.option("--out-of-order", is_flag=True, help="Also what a later event of its run has overtaken.")
@@ -62,7 +62,7 @@ def retry(ids: tuple[int, ...], all_failed: bool, out_of_order: bool, yes: bool,
 
 
 @click.command()
-@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="[ID...]")
 @filter_options("pending", "failed", "exported")
 @click.option(
     "--yes",
