@@ -163,12 +163,6 @@ def _by_time(store: Store) -> str:
     return "INDEXED BY record_failed_at" if store.version >= EXPORTS_SINCE else ""
 
 
-def failed_ids(store: Store) -> list[int]:
-    """Return the ids of all failed records, the oldest first."""
-    with store.read() as connection:
-        return [row[0] for row in connection.execute(FAILED_IDS).fetchall()]
-
-
 def retry(store: Store, ids: list[int], *, out_of_order: bool = False) -> list[Verdict]:
     """Make failed and exported records pending again, each in its own transaction and as a new request.
 
@@ -301,7 +295,6 @@ FIRST_PENDING = f"""
 FAILED_SINCE = f"""
     SELECT {COLUMNS} FROM record {{}} WHERE settled_at >= ? AND state = 'failed' ORDER BY settled_at LIMIT ?
 """  # noqa: S608
-FAILED_IDS = "SELECT id FROM record WHERE state = 'failed' ORDER BY id"
 QUEUED_AGAIN = f"""
     SELECT id FROM record WHERE identity = ? AND id > ? AND state IN ({placeholders(list(LIVE_STATES))}) LIMIT 1
 """  # noqa: S608
