@@ -198,7 +198,7 @@ class Agent:
                     self._notifier.ready(vitals.line())
                 elif self._slept_s:
                     sender = self._resume(flusher, sender, account)
-                elif lock.is_borrower_waiting():
+                else:
                     with lock_errors(lock):
                         self._lend(flusher, lock, vitals)
             if self._signals:
@@ -230,7 +230,7 @@ class Agent:
         return bool(self._signals) or self._wants_reload or self._slept_s > 0 or is_wanted
 
     def _lend(self, flusher: Flusher, lock: FlusherLock, vitals: Vitals) -> None:
-        """Let somebody else have the outbox as he finds it: with nothing under way. We stay its agent."""
+        """Let somebody else have the outbox, if he wants it, with nothing under way. We stay its agent."""
         flusher.rest(is_resting=True)
         try:
             flusher.run(lambda: not flusher.is_busy() or self._keeps(lock, vitals))

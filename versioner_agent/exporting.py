@@ -85,14 +85,15 @@ def export_to(
 ) -> Exported | None:
     """Write the same to *stream* and mark nothing: `mark` does that by the digest."""
     with closing(Store(settings.db, settings.busy_timeout)) as store, _borrowed(store, settings), _owned(store):
-        batch = _write(Ledger(store), stream, product, limit, _stream_error, compressed=False)
+        ledger = Ledger(store)
+        batch = _write(ledger, stream, product, limit, _stream_error, compressed=False)
         if batch is None:
             return None
         try:
             stream.flush()
         except OSError as exc:
             raise _stream_error(exc) from exc
-        exports.close(store, batch.export, batch.written)
+        ledger.with_room(lambda: exports.close(store, batch.export, batch.written))
         return batch.exported(None)
 
 
@@ -236,7 +237,7 @@ def _write(
         pass
     if not exports.has_pending(store, product):
         return None
-    export = exports.begin(store, product, time.time())
+    export = ledger.with_room(lambda: exports.begin(store, product, time.time()))
     lines = _Lines(store, export, file, error, compressed=compressed)
     damaged: list[int] = []
     after, left, is_end = 0, limit or MOST, False

@@ -264,9 +264,13 @@ class Ledger:
         """Claim a step of at most *wanted* pending records behind the id *after* for *export*."""
         return self._step(lambda step: exports.claim(self.store, export, after, step, now), min(exports.STEP, wanted))
 
+    def with_room(self, act: Callable[[], Done]) -> Done:
+        """Do *act*, a small write, on a full disk with the space that is set aside."""
+        return self._step(lambda _: act(), 1)
+
     def mark(self, export: exports.Export, written: exports.Written, waiting: int, file: str | None) -> None:
         """Let *waiting* claimed records count as exported, and turn them."""
-        self._step(lambda _: exports.mark(self.store, export, written, waiting, file), 1)
+        self.with_room(lambda: exports.mark(self.store, export, written, waiting, file))
         while self.hand_over():
             pass
 

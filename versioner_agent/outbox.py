@@ -276,8 +276,9 @@ def check_space(store: Store, connection: sqlite3.Connection) -> None:
     if not reserve.has_room_inside(store, FLOOR_BYTES):
         needed = FLOOR_BYTES if is_reserved else ROOM_BYTES
         raise OutboxFull(
-            f"no space left for the outbox {store.path}: below {needed // 1024} KiB nothing new is queued",
-            "free some space, then try again",
+            f"no space left for the outbox {store.path}: {free // 1024} KiB are free there, and below "
+            f"{needed // 1024} KiB nothing new is queued",
+            "free some space on its disk, then try again; what is queued is kept, and delivered all the same",
         )
 
 

@@ -274,7 +274,7 @@ class Sandbox:
         self._turn = itertools.count()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._was_served = False
+        self._served_by: threading.Thread | None = None
         self._lifecycle = threading.Lock()
         self._server = LoopbackServer(port, self._respond, log)
         self.port = self._server.server_port
@@ -297,7 +297,7 @@ class Sandbox:
         with self._lifecycle:
             if self._stopping.is_set():
                 return
-            self._was_served = True
+            self._served_by = threading.current_thread()
         self._server.serve_forever(0.02)
 
     def stop(self) -> None:
@@ -306,7 +306,8 @@ class Sandbox:
             if self._stopping.is_set():
                 return
             self._stopping.set()
-        if self._was_served:
+        # A thread that stops what it served itself has left the loop, or was interrupted before it was in it.
+        if self._served_by not in (None, threading.current_thread()):
             self._server.shutdown()
         self._server.server_close()
         self._server.disconnect()

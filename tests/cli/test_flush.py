@@ -75,7 +75,7 @@ def test_what_is_still_queued_exits_75_and_says_why(host_for):
     host = host_for()
     host.queue("payments", 2)
 
-    done = host.run("flush", "--timeout", "0.3")
+    done = host.run("flush", "--timeout", "1")
 
     assert done.returncode == 75
     assert b"2 events are still queued: the API is down" in done.stderr

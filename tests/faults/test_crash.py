@@ -160,7 +160,7 @@ def deliver_killed(host, server, command, calls, stride):
 
     queue()
     points = points_of(FLUSH, calls, env=host.env)
-    assert len(points) > 10
+    assert len(points) >= 10  # two answers of a product are two commits at least, of five syncs each
     chosen = points[::stride]
     for call, number in chosen:
         queue()

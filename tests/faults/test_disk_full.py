@@ -243,3 +243,15 @@ def test_a_read_only_file_system_is_said(host):
         assert host.counts() == {"pending": 1}
     finally:
         subprocess.run(["mount", "-o", "remount,rw", host.disk.path], check=True)
+
+
+def test_what_waits_on_a_full_disk_can_be_exported_to_another(host, tmp_path):
+    count = queue_until_full(host, 400, most=300)
+    host.disk.fill()
+
+    done = host.run("export", str(tmp_path / "events.jsonl"))
+
+    assert done.returncode == 0, done.stderr
+    assert host.counts() == {"exported": count}
+    assert len((tmp_path / "events.jsonl").read_bytes().splitlines()) == count + 2
+    check_sound(host.path)

@@ -119,7 +119,7 @@ def test_status_tells_of_damage_until_somebody_has_acknowledged_it(host):
     (told,) = host.json("status")
     text = host.run("status").stdout.decode()
     findings = [json.loads(line) for line in host.run("doctor", "--offline", "--json").stdout.splitlines()]
-    (finding,) = [each for each in findings if each["level"] != "ok"]
+    (finding,) = [each for each in findings if each["level"] != "ok" and each["check"] != "file_system"]
     doctor = host.run("doctor", "--offline").returncode
     acknowledged = host.run("doctor", "--acknowledge")
     (after,) = host.json("status")

@@ -93,7 +93,7 @@ def test_doctor_tells_an_outsider_which_group_to_join(accounts, path):
     for check in ("outbox", "permissions"):
         assert found[check]["level"] == "error"
         assert f"`sudo usermod -aG {GROUP} {OUTSIDER}`" in found[check]["finding"]
-    assert found["key"]["level"] == found["file_system"]["level"] == "ok"
+    assert found["key"]["level"] == "ok"
 
 
 def test_an_outbox_in_a_home_is_private(accounts):

@@ -525,14 +525,14 @@ def test_a_file_that_changes_while_it_is_queued_queues_nothing(connected, tmp_pa
 
 def test_an_agent_delivers_what_is_imported_while_it_runs(connected, tmp_path):
     """Nothing of a product is sent before all that was imported of it is there: its order is by outbox id."""
-    (tmp_path / "file").write_bytes(exports.file_of([exports.event(number) for number in range(1, 1101)]))
+    (tmp_path / "file").write_bytes(exports.file_of([exports.event(number) for number in range(1, 601)]))
     agent = connected.agent()
 
     imported(connected, tmp_path / "file")
-    connected.server.wait_for(1100)
+    connected.server.wait_for(600, 120)
 
     assert connected.end(agent) == 0
-    assert [int(seen.event["version"]) for seen in connected.server.firsts()] == list(range(1, 1101))
+    assert [int(seen.event["version"]) for seen in connected.server.firsts()] == list(range(1, 601))
 
 
 def test_two_imports_at_once_queue_everything_once(connected, tmp_path):

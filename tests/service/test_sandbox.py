@@ -635,3 +635,23 @@ def test_the_command_neither_prints_its_key_nor_obeys_a_product_name():
     assert "\x1b" not in talk
     assert "\\x1b[2J" in talk
     assert len(talk.splitlines()) == 3
+
+
+def test_a_sandbox_interrupted_before_it_serves_can_be_stopped(monkeypatch):
+    """SIGTERM may come between the first line and the loop; stopping must not wait for a loop that never began."""
+    sandbox = Sandbox()
+
+    def interrupted(_poll_s):
+        raise KeyboardInterrupt
+
+    def live():
+        with contextlib.suppress(KeyboardInterrupt):
+            sandbox.serve_forever()
+        sandbox.stop()
+
+    monkeypatch.setattr(sandbox._server, "serve_forever", interrupted)
+    life = threading.Thread(target=live, daemon=True)
+    life.start()
+    life.join(10)
+
+    assert not life.is_alive()

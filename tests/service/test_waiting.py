@@ -13,7 +13,7 @@ import pytest
 from host import KEY, eventually, free_port
 from scripted import accepted, answer, dripped, hanging, refused
 
-from versioner_agent import config, review, upkeep, waiting
+from versioner_agent import batches, config, review, upkeep, waiting
 from versioner_agent import flush as flushing
 from versioner_agent import outbox as outboxes
 from versioner_agent.events import validate
@@ -294,7 +294,7 @@ def test_what_holds_it_is_named_where_the_api_is_up(place, serve, somebody):
 def test_a_batch_that_was_never_handed_over_is_sent_too(place, serve, monkeypatch):
     """Its enqueue died, or met a busy outbox, after it had published the batch."""
     monkeypatch.setattr(outboxes, "CHUNK", 2)
-    monkeypatch.setattr(outboxes, "hand_over_batch", lambda _: False)
+    monkeypatch.setattr(batches, "hand_over_batch", lambda _: False)
     fields = {"product_name": "payments", "status": "completed"}
     valid = [validate("build", {**fields, "version": str(number)}) for number in range(5)]
     ids = [receipt.id for receipt in place.outbox.enqueue_all(valid)]

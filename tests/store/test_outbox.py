@@ -278,9 +278,10 @@ def test_published_events_are_queued_even_if_handing_over_has_to_wait(outbox, sm
 def test_little_space_is_left_to_deliveries(outbox, monkeypatch):
     outbox.enqueue("build", BUILD)
     monkeypatch.setattr(outbox.store, "free_space", lambda: FLOOR_BYTES - 1)
-    with pytest.raises(OutboxFull, match="no space left"):
+    with pytest.raises(OutboxFull, match="255 KiB are free there, and below 256 KiB nothing new is queued") as caught:
         outbox.enqueue("build", BUILD)
 
+    assert "free some space" in caught.value.hint
     assert states(outbox.store.path) == {"pending": 1}
 
 

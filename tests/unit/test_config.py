@@ -35,6 +35,7 @@ SAMPLES = {
     "proxy": [f"http://{n}:3128" for n in "abcd"],
     "no_proxy": list("abcd"),
     "allow_insecure_http": [True, True, True, True],
+    "metrics_file": [f"/metrics/{n}.prom" for n in "abcd"],
     "log_format": ["json", "json", "json", "json"],
     "log_level": ["debug", "warning", "error", "debug"],
 }
