@@ -298,10 +298,18 @@ FAILED_SINCE = f"""
 QUEUED_AGAIN = f"""
     SELECT id FROM record WHERE identity = ? AND id > ? AND state IN ({placeholders(list(LIVE_STATES))}) LIMIT 1
 """  # noqa: S608
+# A corrected copy has the place of the event that was amended first.
 LATER_OF_RUN = """
-    SELECT id FROM record
-    WHERE invoke_id = ? AND product_name = ? AND environment_name IS ? AND kind = ? AND id > ?
-        AND state = ? LIMIT 1
+    SELECT id FROM record AS later
+    WHERE invoke_id = ?1 AND product_name = ?2 AND environment_name IS ?3 AND kind = ?4 AND id > ?5 AND state = ?6
+        AND (amends IS NULL OR ?5 < (
+            WITH RECURSIVE amended (id) AS (
+                SELECT later.amends
+                UNION SELECT record.amends FROM amended JOIN record USING (id) WHERE record.amends IS NOT NULL
+            )
+            SELECT min(id) FROM amended
+        ))
+    LIMIT 1
 """
 RETRY = """
     UPDATE record SET state = 'pending', batch = CASE WHEN batch > 0 THEN batch END, retries = retries + 1,

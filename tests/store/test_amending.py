@@ -253,6 +253,33 @@ def test_what_a_later_event_of_its_run_has_overtaken_is_refused(outbox):
     assert amended(outbox, old, "scm_sha=a", out_of_order=True).outcome == "amended"
 
 
+@pytest.mark.parametrize("state", ["delivered", "pending"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_corrected_start_of_a_run_is_no_later_event_of_it(outbox, state, times):
+    """An agent delivers the copy of a `started` while the `completed` behind it is still to be corrected."""
+    started, completed = [failed(outbox, invoke_id="7", status=status) for status in ("started", "completed")]
+    for number in range(times):
+        started = amended(outbox, started, f"version=2.{number}").amended_by
+        set_state(outbox, "failed", started)
+    set_state(outbox, state, started)
+    record = review.show(outbox.store, completed)[0]
+    with outbox.store.read() as connection:
+        assert review.retry_objection(connection, record, out_of_order=False) is None
+
+    found = amended(outbox, completed, "version=2")
+    assert (found.outcome, found.amended_by, found.detail) == ("amended", started + 1, "")
+    assert amended(outbox, completed, "version=2").detail == f"it was amended as {started + 1}"
+
+
+def test_the_corrected_end_of_a_run_is_a_later_event_of_it(outbox):
+    started, completed = [failed(outbox, invoke_id="7", status=status) for status in ("started", "completed")]
+    copy = amended(outbox, completed, "version=2").amended_by
+    set_state(outbox, "delivered", copy)
+
+    found = amended(outbox, started, "version=2")
+    assert (found.outcome, found.detail.split()[0]) == ("refused", str(copy))
+
+
 def test_fields_that_were_let_through_unknown_stay(outbox):
     outbox.enqueue("build", {**BUILD, "novel": [1]}, allow_unknown=True)
     set_state(outbox, "failed", 1)
