@@ -89,6 +89,16 @@ def test_list_refuses_what_makes_no_sense(cli, outbox, args, words):
     assert words in done.err
 
 
+@pytest.mark.parametrize("command", ["list", "retry", "discard"])
+@pytest.mark.parametrize("option", ["--product", "--version"])
+def test_a_name_that_is_no_text_is_a_wrong_call(cli, outbox, command, option):
+    """The shell hands over bytes as they are; SQLite takes no such text."""
+    done = cli(command, option, os.fsdecode(b"caf\xe9"))
+
+    assert (done.code, done.out) == (2, "")
+    assert "not UTF-8" in done.err
+
+
 def test_list_filters_can_be_combined(cli, outbox):
     failed(outbox)
     failed(outbox, version="2", reason="blocked", late=1)
