@@ -114,7 +114,10 @@ def run(*args, env, **how):
     return subprocess.run((*COMMAND, *args), env=env, check=False, timeout=60, **how)
 
 
-def test_what_a_closed_pipe_has_kept_is_told_again(outbox, env):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_a_closed_pipe_has_kept_is_told_again(outbox, env, encoding):
+    """In a small encoding click writes past the stream, to the bytes below."""
+    env["PYTHONIOENCODING"] = encoding
     failed(outbox)
     reader, writer = os.pipe()
     os.close(reader)

@@ -149,9 +149,10 @@ class _Sturdy:
     A reader that has seen enough is no error, and talk that nobody can hear must not keep an event from being queued.
     """
 
-    def __init__(self, stream: Any, loss: type[OSError]) -> None:
+    def __init__(self, stream: Any, loss: type[OSError], whole: _Sturdy | None = None) -> None:
         self._stream = stream
         self._loss = loss
+        self._whole = whole or self  # what these are the bytes of
         self.is_lost = False
 
     def write(self, text: Any) -> int:
@@ -172,7 +173,7 @@ class _Sturdy:
     @property
     def buffer(self) -> _Sturdy:
         """The bytes below, which click writes to where an encoding is too small."""
-        return _Sturdy(self._stream.buffer, self._loss)
+        return _Sturdy(self._stream.buffer, self._loss, self._whole)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -180,7 +181,7 @@ class _Sturdy:
     def _lose(self, exc: OSError) -> None:
         """Let go of a reader that has left; a disk may have room again by the next line."""
         if isinstance(exc, BrokenPipeError):
-            self.is_lost = True
+            self._whole.is_lost = True
             _to_nowhere(self._stream.fileno())
 
 
