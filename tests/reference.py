@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import click
 
-from versioner_agent import __version__, cli, config, events
+from versioner_agent import __version__, cli, config, events, filters
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARE = ROOT / "versioner_agent" / "share"
@@ -25,6 +25,8 @@ FILES = ("PATH", "FILE", "FILE|-", "DIR", "FILE.tar.gz")
 WORDS = {
     "log_format": ("text", "json"),
     "log_level": ("debug", "info", "warning", "error"),
+    "reason": filters.REASONS,
+    "unset": tuple(field.name for field in events.FIELDS),
     **{option.key: ("true", "false") for option in config.OPTIONS if isinstance(option.default, bool)},
 }
 
@@ -54,6 +56,7 @@ class Command(NamedTuple):
     examples: list[str]
     options: list[Option]
     subcommands: list[str]
+    words: tuple[str, ...]  # what its arguments may be, where that is known
     takes_files: bool
     runs_commands: bool
 
@@ -86,6 +89,7 @@ def described(command, context, path, summary):
         examples,
         [option for option in map(option_of, command.get_params(context)) if option],
         command.list_commands(context) if isinstance(command, click.Group) else [],
+        tuple(word for each in arguments for word in getattr(each.type, "choices", ())),
         takes_files=any(re.search("FILE|PATH", metavar) for metavar in metavars),
         runs_commands=path.startswith("exec "),
     )
@@ -248,7 +252,7 @@ def bash():
     for command in every:
         if command.subcommands:
             continue
-        names = " ".join(name for option in command.options for name in option.names)
+        names = " ".join([*command.words, *(name for option in command.options for name in option.names)])
         offered = f"COMPREPLY=($(compgen -W '{names}' -- \"$cur\"))"
         if command.takes_files:
             offered = f"if [[ $cur == -* ]]; then {offered}; else {BASH_FILES}; fi"
@@ -282,7 +286,8 @@ def zsh():
         if command.runs_commands:
             lines.append("        '*:::command:_normal'")
         else:
-            lines.append("        '*:file:_files'" if command.takes_files else "        '*: :'")
+            words = f"({' '.join(command.words)})" if command.words else ""
+            lines.append("        '*:file:_files'" if command.takes_files else f"        '*: :{words}'")
         lines.append("}")
     lines += zsh_group("_versioner_agent", [(name, entry.summary) for name, entry in cli.COMMANDS.items()], "")
     return "\n".join([*lines, '_versioner_agent "$@"', ""])
@@ -363,6 +368,8 @@ def fish():
     for command in commands():
         at = f"complete -c {NAME} -n '__versioner_agent_at {command.path}'"
         lines += [f"{at} {fish_option(option)}" for option in command.options if not command.subcommands]
+        if command.words:
+            lines.append(f"{at} -a {fish_quoted(' '.join(command.words))}")
         if command.takes_files or command.runs_commands:
             lines.append(f"{at} -F")
     return "\n".join([*lines, ""])

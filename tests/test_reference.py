@@ -21,6 +21,9 @@ COMPLETED = {
     "enqueue build --product payments --sta": {"--started-at", "--status"},
     "enqueue build --status comp": {"completed"},
     "list --stat": {"--state"},
+    "list --reason ga": {"gave_up"},
+    "amend 7 --unset scm_s": {"scm_sha"},
+    "completion f": {"fish"},
 }
 
 

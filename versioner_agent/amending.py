@@ -83,7 +83,6 @@ def correction(assignments: Iterable[str], unset: Iterable[str]) -> Correction:
             changed[name], problem = _typed(name, value)
         problems += [problem] if problem else []
     names = tuple(name.strip() for name in unset)
-    problems += filter(None, map(_unknown, names))
     problems += [f"{name}: is both set and unset" for name in names if name in changed]
     if problems:
         raise ValidationError(problems)
@@ -118,7 +117,7 @@ def _typed(name: str, value: str) -> tuple[Any, str]:
 def planned(
     outbox: Outbox, chosen: Filter | Sequence[int], wanted: Correction, *, out_of_order: bool = False
 ) -> Iterator[Amendment]:
-    """Yield what amending the *chosen* records would do, the oldest first of a filter's; nothing is written.
+    """Yield what amending the *chosen* records would do, the oldest first; nothing is written.
 
     Raises ValidationError, when all were looked at, with the problems of those that would be invalid; OutboxError.
     """
@@ -141,7 +140,7 @@ def planned(
 def amend(
     outbox: Outbox, chosen: Filter | Sequence[int], wanted: Correction, *, out_of_order: bool = False
 ) -> Iterator[Amendment]:
-    """Queue corrected copies of the *chosen* records and discard these, each pair in one transaction.
+    """Queue corrected copies of the *chosen* records and discard these, each pair in one transaction, the oldest first.
 
     Raises ValidationError, with nothing done, where one of the copies would be invalid; OutboxError.
     """
@@ -149,17 +148,24 @@ def amend(
         pass
     for page in _pages(outbox.store, chosen):
         for record_id in page:
-            yield _amend(outbox, record_id, wanted, out_of_order=out_of_order)
+            try:
+                yield _amend(outbox, record_id, wanted, out_of_order=out_of_order)
+            except ValidationError as exc:  # it came to be meant after all were looked at
+                yield Amendment(record_id, "refused", detail="; ".join(exc.problems))
 
 
 def _pages(store: Store, chosen: Filter | Sequence[int]) -> Iterator[Sequence[int]]:
-    """Yield ids in pages; of a filter's, those that were there in the beginning: a copy may fit it too."""
+    """Yield ids in pages, in the order in which they were queued, for so go their copies.
+
+    Of a filter's, those that were there in the beginning: a copy may fit it too.
+    """
     with store.read() as connection:
         if store.version < EXPORTS_SINCE:
             raise old_schema()
         last = connection.execute("SELECT COALESCE(max(id), 0) FROM record").fetchone()[0]
     if not isinstance(chosen, Filter):
-        yield from (chosen[start : start + PAGE] for start in range(0, len(chosen), PAGE))
+        ids = sorted(set(chosen))
+        yield from (ids[start : start + PAGE] for start in range(0, len(ids), PAGE))
         return
     for page in select(store, chosen, oldest_first=True, page=PAGE):
         ids = [record.id for record in page if record.id <= last]
@@ -195,15 +201,18 @@ def _judge(
         against = f"{after} of the same run was delivered since; --out-of-order amends it all the same"
     if against:
         return Amendment(record_id, "refused", again and again[0], detail=against, record=record), None
-    copy = _corrected(record, payload, wanted)
-    changes = _changes(json.loads(payload), json.loads(copy.payload))
+    old = _fields(payload)
+    copy = _corrected(record, old, wanted)
+    changes = _changes(old, json.loads(copy.payload))
     if not changes:
         return Amendment(record_id, "unchanged", record=record), None
     other = _same(connection, record, copy)
     if other is not None:
         words = f"the corrected event was queued before as {other}"
         return Amendment(record_id, "superseded", changes=changes, detail=words, record=record), None
-    return Amendment(record_id, "planned", changes=changes, record=record), copy
+    first = review.waiting_after(connection, record)
+    words = f"{first} of the same run waits, and goes first" if first is not None else ""
+    return Amendment(record_id, "planned", changes=changes, detail=words, record=record), copy
 
 
 def _objection(record: Record, payload: bytes) -> str:
@@ -213,16 +222,28 @@ def _objection(record: Record, payload: bytes) -> str:
         return f"it is {record.state}; only failed and pending ones are amended"
     if record.reason == "damaged" or not is_intact(record, payload):
         return "its content is damaged; queue the event again"
-    return "" if payload else "its payload was let go; queue the event again"
+    if not payload:
+        return "its payload was let go; queue the event again"
+    return "" if _fields(payload) else "its payload is no event; queue the event again"
 
 
-def _corrected(record: Record, payload: bytes, wanted: Correction) -> _Copy:
+def _fields(payload: bytes) -> dict[str, Any]:
+    """Return what *payload* says, nothing where it is no event: not only we write to an outbox that others share."""
+    try:
+        found = json.loads(payload)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _corrected(record: Record, old: Mapping[str, Any], wanted: Correction) -> _Copy:
     """Return the corrected event; raises ValidationError."""
-    fields = _applied(json.loads(payload), record, wanted)
+    fields = _applied(old, record, wanted)
     known = events.FIELDS_OF[record.kind]
     problems = [
         f"{name}: is not a field of a {record.kind}" for name in wanted.changed if name.partition(".")[0] not in known
     ]
+    problems += [problem for name in wanted.unset if name not in old for problem in [_unknown(name)] if problem]
     try:
         event = events.validate(record.kind, fields, allow_unknown=True)
     except ValidationError as exc:
@@ -308,16 +329,18 @@ def _insert(connection: sqlite3.Connection, old: Record, copy: _Copy, queued_by:
     return new_id
 
 
+_PUBLISHED = "(state = 'staged' AND batch IN (SELECT id FROM batch WHERE published = 1))"
 FIND_LIVE = f"""
-    SELECT id FROM record WHERE identity = ? AND id <> ? AND state IN ({placeholders(list(LIVE_STATES))})
+    SELECT id FROM record
+    WHERE identity = ? AND id <> ? AND (state IN ({placeholders(list(LIVE_STATES))}) OR {_PUBLISHED})
     ORDER BY id DESC LIMIT 1
 """  # noqa: S608  # a constant
-FIND_NEWEST_OF_RUN = """
+FIND_NEWEST_OF_RUN = f"""
     SELECT id FROM record
     WHERE invoke_id = ? AND product_name = ? AND environment_name = ? AND id <> ?
-        AND kind = 'deployment' AND state <> 'staged'
+        AND kind = 'deployment' AND origin IS NULL AND (state <> 'staged' OR {_PUBLISHED})
     ORDER BY id DESC LIMIT 1
-"""
+"""  # noqa: S608  # a constant
 NEXT_OCCURRENCE = "SELECT COALESCE(max(occurrence) + 1, 0) FROM record WHERE identity = ?"
 INSERT_COPY = """
     INSERT INTO record (

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from versioner_agent.errors import OutboxBusy, OutboxError
-from versioner_agent.files import open_beside, unusable
+from versioner_agent.files import inode_of, open_beside, unusable
 from versioner_agent.filters import Filter
 from versioner_agent.integrity import hash_of
 from versioner_agent.records import Record, as_record
@@ -36,6 +36,7 @@ class Step(NamedTuple):
 
     records: list[Record]
     seq: int
+    file: tuple[int, int] | None  # the one they were read from
 
 
 def old_schema() -> OutboxError:
@@ -59,6 +60,7 @@ def unseen(store: Store, name: str, wanted: Filter, limit: int | None = None) ->
     left = limit
     while left is None or left > 0:
         with store.read() as connection:
+            file = inode_of(store.path)
             bounds = connection.execute(WINDOW, (seq, PAGE)).fetchall()
             rows = connection.execute(FAILURES, (seq, bounds[-1][0])).fetchall() if bounds else []
         if not bounds:
@@ -67,13 +69,18 @@ def unseen(store: Store, name: str, wanted: Filter, limit: int | None = None) ->
         is_cut = left is not None and len(found) == left
         seq = found[-1][0] if is_cut else bounds[-1][0]
         left = None if left is None else left - len(found)
-        yield Step([record for _, record in found], seq)
+        yield Step([record for _, record in found], seq, file)
 
 
-def move(store: Store, name: str, seq: int) -> None:
-    """Note that the cursor *name* has seen all up to *seq*; raises OutboxError."""
+def move(store: Store, name: str, step: Step) -> None:
+    """Note that the cursor *name* has seen all up to *step*.
+
+    Raises OutboxError, also where the outbox was mended or restored since: there the numbers are other failures'.
+    """
     with store.write() as connection:
-        connection.execute(MOVE, (name, seq, time.time()))
+        if inode_of(store.path) != step.file:
+            raise OutboxError("the outbox was replaced while its failures were listed", "list them again")
+        connection.execute(MOVE, (name, step.seq, time.time()))
 
 
 @contextmanager

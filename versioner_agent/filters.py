@@ -68,9 +68,15 @@ def moment(words: str, now: float) -> float:
         return now - int(age[1]) * _AGE_UNITS[age[2]]
     try:
         if re.fullmatch(r"\d{4}-\d\d-\d\d", words, re.ASCII):
-            return datetime.fromisoformat(words).astimezone().timestamp()
+            return _first_moment_of(datetime.fromisoformat(words))
         if re.fullmatch(_TIME, words, re.ASCII):
             return datetime.fromisoformat(words.upper()).timestamp()
     except (ValueError, OverflowError, OSError):
         pass
     raise ValueError("must be a time like 2026-11-06T15:30:00Z, a date like 2026-11-06, or an age like 90m, 24h or 7d")
+
+
+def _first_moment_of(day: datetime) -> float:
+    """Return when *day*, a date, begins here: at midnight, or where clocks pass over that, with the time after it."""
+    both = (day.replace(fold=0).timestamp(), day.replace(fold=1).timestamp())
+    return min(each for each in both if datetime.fromtimestamp(each) >= day)  # noqa: DTZ006  # local time is meant

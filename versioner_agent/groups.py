@@ -17,6 +17,7 @@ from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
 
 PAGE = 200  # failures one read looks at
+MOST_ROWS = 5000  # failures a summary looks at
 MOST_PAYLOAD = 256 * 1024  # bytes; no event is larger
 _PEOPLE = ("built_by_name", "built_by", "deployed_by_name", "deployed_by")
 _LINKS = ("build_url", "deploy_url")
@@ -71,8 +72,8 @@ def groups(store: Store, wanted: Filter) -> Iterator[Group]:
     yield from _completed(store, tallies)
 
 
-def summary(store: Store, most_groups: int, most_rows: int = 5000) -> Summary:
-    """Return the *most_groups* largest groups among the first *most_rows* failures; none of an outbox of old schema."""
+def summary(store: Store, most_groups: int) -> Summary:
+    """Return the *most_groups* largest groups among the first MOST_ROWS failures; none of an outbox of old schema."""
     tallies: dict[_Key, _Tally] = {}
     looked_at = 0
     with store.read():
@@ -82,11 +83,11 @@ def summary(store: Store, most_groups: int, most_rows: int = 5000) -> Summary:
         for row in rows:
             _count(tallies, _key(row), row[3])
         looked_at += len(rows)
-        if looked_at >= most_rows:
+        if looked_at >= MOST_ROWS:
             break
     largest = sorted(tallies.items(), key=lambda item: -item[1].total)
     shown = _completed(store, dict(largest[:most_groups]))
-    return Summary(list(shown), max(0, len(largest) - most_groups), is_cut=looked_at >= most_rows)
+    return Summary(list(shown), max(0, len(largest) - most_groups), is_cut=looked_at >= MOST_ROWS)
 
 
 def _count(tallies: dict[_Key, _Tally], key: _Key, record_id: int) -> None:

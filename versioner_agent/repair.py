@@ -86,6 +86,12 @@ def _with(part: Part, record: Record, against: Verdict | None) -> Part:
     return part._replace(last_id=record.id, left_out=missed)
 
 
+def newest(store: Store) -> int:
+    """Return the largest id that there is, 0 without any; raises OutboxError."""
+    with store.read() as connection:
+        return int(connection.execute("SELECT COALESCE(max(id), 0) FROM record").fetchone()[0])
+
+
 def act(store: Store, wanted: Filter, last_id: int, do: Act) -> Iterator[list[Verdict]]:
     """Do *do* with all records up to *last_id* that are *wanted*, the oldest first; yields what became of each step."""
     for page in select(store, wanted, oldest_first=True, page=STEP):

@@ -163,12 +163,6 @@ def _by_time(store: Store) -> str:
     return "INDEXED BY record_failed_at" if store.version >= EXPORTS_SINCE else ""
 
 
-def failed_ids(store: Store) -> list[int]:
-    """Return the ids of all failed records, the oldest first."""
-    with store.read() as connection:
-        return [row[0] for row in connection.execute(FAILED_IDS).fetchall()]
-
-
 def retry(store: Store, ids: list[int], *, out_of_order: bool = False) -> list[Verdict]:
     """Make failed and exported records pending again, each in its own transaction and as a new request.
 
@@ -227,10 +221,19 @@ def retry_objection(connection: sqlite3.Connection, record: Record, *, out_of_or
 
 def overtaken_by(connection: sqlite3.Connection, record: Record) -> int | None:
     """Return a later record of the run, product and environment of *record* that was delivered; None without one."""
+    return _of_its_run(connection, record, "delivered")
+
+
+def waiting_after(connection: sqlite3.Connection, record: Record) -> int | None:
+    """Return a later record of the run, product and environment of *record* that is pending; None without one."""
+    return _of_its_run(connection, record, "pending")
+
+
+def _of_its_run(connection: sqlite3.Connection, record: Record, state: str) -> int | None:
     if record.invoke_id is None:
         return None
-    named = (record.invoke_id, record.product_name, record.environment_name, record.kind, record.id)
-    row = connection.execute(DELIVERED_AFTER, named).fetchone()
+    named = (record.invoke_id, record.product_name, record.environment_name, record.kind, record.id, state)
+    row = connection.execute(LATER_OF_RUN, named).fetchone()
     return int(row[0]) if row else None
 
 
@@ -292,14 +295,21 @@ FIRST_PENDING = f"""
 FAILED_SINCE = f"""
     SELECT {COLUMNS} FROM record {{}} WHERE settled_at >= ? AND state = 'failed' ORDER BY settled_at LIMIT ?
 """  # noqa: S608
-FAILED_IDS = "SELECT id FROM record WHERE state = 'failed' ORDER BY id"
 QUEUED_AGAIN = f"""
     SELECT id FROM record WHERE identity = ? AND id > ? AND state IN ({placeholders(list(LIVE_STATES))}) LIMIT 1
 """  # noqa: S608
-DELIVERED_AFTER = """
-    SELECT id FROM record
-    WHERE invoke_id = ? AND product_name = ? AND environment_name IS ? AND kind = ? AND id > ?
-        AND state = 'delivered' LIMIT 1
+# A corrected copy has the place of the event that was amended first.
+LATER_OF_RUN = """
+    SELECT id FROM record AS later
+    WHERE invoke_id = ?1 AND product_name = ?2 AND environment_name IS ?3 AND kind = ?4 AND id > ?5 AND state = ?6
+        AND (amends IS NULL OR ?5 < (
+            WITH RECURSIVE amended (id) AS (
+                SELECT later.amends
+                UNION SELECT record.amends FROM amended JOIN record USING (id) WHERE record.amends IS NOT NULL
+            )
+            SELECT min(id) FROM amended
+        ))
+    LIMIT 1
 """
 RETRY = """
     UPDATE record SET state = 'pending', batch = CASE WHEN batch > 0 THEN batch END, retries = retries + 1,

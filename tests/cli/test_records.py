@@ -11,6 +11,8 @@ import subprocess
 import pytest
 from host import COMMAND
 
+from versioner_agent import repair, review
+from versioner_agent.errors import OutboxError
 from versioner_agent.outbox import Outbox
 
 RECORD_KEYS = [
@@ -206,6 +208,24 @@ def test_retry_all_failed_takes_them_in_their_order(cli, outbox):
     assert cli("retry", "--all-failed").out == "1 retried\n2 retried\n3 retried\n"
     done = cli("retry", "--all-failed")
     assert (done.code, done.out, done.err) == (0, "", "nothing to do\n")
+
+
+def test_retry_all_failed_says_what_was_done_where_it_ends_early(cli, outbox, monkeypatch):
+    for number in range(5):
+        fail(outbox, queue(outbox, version=str(number)))
+    monkeypatch.setattr(repair, "STEP", 2)
+    retry_one = review.retry_one
+
+    def failing(connection, record_id, **how):
+        if record_id == 4:
+            raise OutboxError("the disk is gone")
+        return retry_one(connection, record_id, **how)
+
+    monkeypatch.setattr(review, "retry_one", failing)
+    done = cli("retry", "--all-failed")
+
+    assert (done.code, done.out) == (1, "1 retried\n2 retried\n")
+    assert [record["state"] for record in lines(cli("list", "--json"))] == ["failed"] * 3 + ["pending"] * 2
 
 
 @pytest.mark.parametrize("args", [(), ("1", "--all-failed")])

@@ -11,7 +11,7 @@ import pytest
 from crash import killed_at, needs_strace
 from host import COMMAND
 
-from versioner_agent import events
+from versioner_agent import events, groups
 from versioner_agent.outbox import Outbox
 
 WORDS = "exists with a different SHA, " + "and the API has a lot to say about it, " * 10 + "the end"
@@ -89,6 +89,16 @@ def test_list_refuses_what_makes_no_sense(cli, outbox, args, words):
     assert words in done.err
 
 
+@pytest.mark.parametrize("command", ["list", "retry", "discard"])
+@pytest.mark.parametrize("option", ["--product", "--version"])
+def test_a_name_that_is_no_text_is_a_wrong_call(cli, outbox, command, option):
+    """The shell hands over bytes as they are; SQLite takes no such text."""
+    done = cli(command, option, os.fsdecode(b"caf\xe9"))
+
+    assert (done.code, done.out) == (2, "")
+    assert "not UTF-8" in done.err
+
+
 def test_list_filters_can_be_combined(cli, outbox):
     failed(outbox)
     failed(outbox, version="2", reason="blocked", late=1)
@@ -104,12 +114,24 @@ def run(*args, env, **how):
     return subprocess.run((*COMMAND, *args), env=env, check=False, timeout=60, **how)
 
 
-def test_what_a_closed_pipe_has_kept_is_told_again(outbox, env):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_a_closed_pipe_has_kept_is_told_again(outbox, env, encoding):
+    """In a small encoding click writes past the stream, to the bytes below."""
+    env["PYTHONIOENCODING"] = encoding
     failed(outbox)
     reader, writer = os.pipe()
     os.close(reader)
     done = run("list", "--new", "mail", env=env, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert WORDS.encode() in run("list", "--new", "mail", env=env, stdout=subprocess.PIPE).stdout
+
+
+def test_what_nobody_could_hear_is_told_again(outbox, env):
+    """A caller that has closed stdout has seen nothing."""
+    failed(outbox)
+    done = run("list", "--new", "mail", env=env, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
 
     assert (done.returncode, done.stderr) == (0, b"")
     assert WORDS.encode() in run("list", "--new", "mail", env=env, stdout=subprocess.PIPE).stdout
@@ -210,6 +232,17 @@ def test_status_tells_five_groups_and_how_many_more(cli, outbox):
     out = cli("status").out
     assert out.count("refused (conflict)") == 5
     assert "… and 3 groups: `versioner-agent list --groups`" in out
+
+
+def test_status_says_that_it_has_not_counted_all(cli, outbox, monkeypatch):
+    for _ in range(4):
+        failed(outbox)
+    monkeypatch.setattr(groups, "PAGE", 1)
+    monkeypatch.setattr(groups, "MOST_ROWS", 3)
+
+    out = cli("status").out
+    assert "pay 1.2.3: 3 refused" in out
+    assert "… and more: only 3 failures were looked at, `versioner-agent list --groups` counts all" in out
 
 
 def test_retry_by_filter_says_what_it_would_do_and_does_it_with_yes(cli, outbox):

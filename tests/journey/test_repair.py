@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import pytest
 from host import COMMAND, eventually
@@ -178,6 +179,33 @@ def test_what_readme_posts_is_posted_once_and_kept_while_it_can_not_be(host_for,
     assert done[1:] == [0, 0]
     posts = [[json.loads(line)["id"] for line in each.body.splitlines()] for each in hook.requests]
     assert posts == [[1, 2], [1, 2]]
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="README's recipe needs bash and curl")
+def test_a_post_that_takes_long_removes_nothing_that_another_run_adds(host_for, serve, shell):
+    host = host_for(serve(lambda _: refused(422)).url)
+    is_read = threading.Event()
+
+    def slowly(_):
+        is_read.wait(30)
+        return answer(200)
+
+    hook = serve(slowly)
+    how = {"env": shell(host), "instead": {"https://chat.example.com": hook.url}, "check": False}
+    host.queue("pay")
+    host.run("flush")
+    first = threading.Thread(target=follow, args=("told: post", host.directory), kwargs=how)
+    first.start()
+    hook.wait_for(1)
+    host.queue("pay", first=2)
+    host.run("flush")
+    during = follow("told: post", host.directory, **how)
+    is_read.set()
+    first.join()
+    follow("told: post", host.directory, **how)
+
+    assert during.returncode == 0
+    assert [[json.loads(line)["id"] for line in each.body.splitlines()] for each in hook.requests] == [[1], [2]]
 
 
 def test_the_mail_of_readme_is_a_command(host_for):

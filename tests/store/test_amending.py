@@ -12,13 +12,13 @@ import sys
 import pytest
 from crash import killed_at, needs_strace
 
-from versioner_agent import events, review, selecting
+from versioner_agent import amending, events, review, selecting
 from versioner_agent.amending import Correction, amend, correction, planned
 from versioner_agent.errors import OutboxError, OutboxFull, ValidationError
 from versioner_agent.filters import Filter
 from versioner_agent.ledger import Ledger
 from versioner_agent.outbox import Outbox
-from versioner_agent.records import is_intact
+from versioner_agent.records import digest_of, is_intact
 
 BUILD = {"product_name": "a", "version": "1", "status": "ok"}
 DEPLOYMENT = {"product_name": "a", "version": "1", "environment_name": "prod", "status": "ok"}
@@ -133,7 +133,6 @@ def test_fields_are_left_out_too(outbox):
         (["versoin=1"], [], "did you mean 'version'"),
         (["kind=deployment"], [], "unknown field"),
         (["extra_metadata.=1"], [], "unknown field"),
-        ([], ["vresion"], "did you mean 'version'"),
         (["skip_preflight_checks=perhaps"], [], "must be true or false"),
         (["extra_metadata=[1]"], [], "one JSON object"),
         (["version=1"], ["version"], "both set and unset"),
@@ -254,12 +253,110 @@ def test_what_a_later_event_of_its_run_has_overtaken_is_refused(outbox):
     assert amended(outbox, old, "scm_sha=a", out_of_order=True).outcome == "amended"
 
 
+@pytest.mark.parametrize("state", ["delivered", "pending"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_corrected_start_of_a_run_is_no_later_event_of_it(outbox, state, times):
+    """An agent delivers the copy of a `started` while the `completed` behind it is still to be corrected."""
+    started, completed = [failed(outbox, invoke_id="7", status=status) for status in ("started", "completed")]
+    for number in range(times):
+        started = amended(outbox, started, f"version=2.{number}").amended_by
+        set_state(outbox, "failed", started)
+    set_state(outbox, state, started)
+    record = review.show(outbox.store, completed)[0]
+    with outbox.store.read() as connection:
+        assert review.retry_objection(connection, record, out_of_order=False) is None
+
+    found = amended(outbox, completed, "version=2")
+    assert (found.outcome, found.amended_by, found.detail) == ("amended", started + 1, "")
+    assert amended(outbox, completed, "version=2").detail == f"it was amended as {started + 1}"
+
+
+def test_the_corrected_end_of_a_run_is_a_later_event_of_it(outbox):
+    started, completed = [failed(outbox, invoke_id="7", status=status) for status in ("started", "completed")]
+    copy = amended(outbox, completed, "version=2").amended_by
+    set_state(outbox, "delivered", copy)
+
+    found = amended(outbox, started, "version=2")
+    assert (found.outcome, found.detail.split()[0]) == ("refused", str(copy))
+
+
 def test_fields_that_were_let_through_unknown_stay(outbox):
     outbox.enqueue("build", {**BUILD, "novel": [1]}, allow_unknown=True)
     set_state(outbox, "failed", 1)
     amended(outbox, 1, "version=2")
 
     assert payload(outbox, 2)["novel"] == [1]
+
+
+def test_a_field_that_nobody_knows_can_be_left_out_where_the_event_has_it(outbox):
+    """It may be what the API refuses; a name that is mistyped is noticed all the same."""
+    outbox.enqueue("build", {**BUILD, "novel": [1]}, allow_unknown=True)
+    set_state(outbox, "failed", 1)
+    with pytest.raises(ValidationError, match="did you mean 'version'"):
+        amended(outbox, 1, unset=["vresion"])
+
+    assert amended(outbox, 1, unset=["novel"]).changes == {"novel": ([1], None)}
+    assert "novel" not in payload(outbox, 2)
+
+
+def test_copies_are_queued_in_the_order_of_their_events_however_they_are_named(outbox):
+    """`list` shows the newest first, and ids are copied from there."""
+    ids = [failed(outbox, invoke_id="7", status=status) for status in ("started", "completed")]
+    found = list(amend(outbox, [2, 1, 2], correction(["version=2"], [])))
+
+    assert [each.id for each in found] == ids
+    assert [payload(outbox, each.amended_by)["status"] for each in found] == ["started", "completed"]
+
+
+def test_what_waits_of_the_same_run_is_told_for_it_goes_first(outbox):
+    old = failed(outbox, invoke_id="7", status="started")
+    later = outbox.enqueue("build", {**BUILD, "invoke_id": "7"}).id
+
+    assert amended(outbox, old, "scm_sha=a").detail == f"{later} of the same run waits, and goes first"
+
+
+@pytest.mark.parametrize("body", [b"[1]", b"null", b"{}", b"no JSON", b"[" * 5000, b'{"n": ' + b"9" * 5000 + b"}"])
+def test_a_payload_that_is_no_event_is_refused_and_keeps_no_other_from_being_amended(outbox, body):
+    """Whoever shares an outbox can write to it, and give a record a digest that fits."""
+    ids = [failed(outbox, version=version) for version in "12"]
+    record = review.show(outbox.store, ids[0])[0]
+    set_state(outbox, "failed", ids[0], payload=body, digest=digest_of(record, body))
+    found = list(amend(outbox, Filter("failed"), correction(["scm_sha=a"], [])))
+
+    assert [each.outcome for each in found] == ["refused", "amended"]
+    assert "no event" in found[0].detail
+
+
+def test_what_would_be_invalid_and_came_after_the_plan_is_left_as_it_is(outbox, monkeypatch):
+    ids = [failed(outbox, "deployment", version=version) for version in "12"]
+    looked_at = list(planned(outbox, Filter("failed"), correction(["deploy_url=x"], [])))
+    failed(outbox)
+    monkeypatch.setattr(amending, "planned", lambda *_, **__: looked_at)
+    found = list(amend(outbox, Filter("failed"), correction(["deploy_url=x"], [])))
+
+    assert [(each.id, each.outcome) for each in found] == [(ids[0], "amended"), (ids[1], "amended"), (3, "refused")]
+    assert "not a field of a build" in found[2].detail
+
+
+def test_an_imported_deployment_of_the_same_run_makes_no_transition(outbox):
+    """Nothing that is queued here counts as its repeat, and it is none of ours (see `outbox`)."""
+    deployment = {**DEPLOYMENT, "invoke_id": "7", "version": "2"}
+    first = outbox.enqueue("deployment", deployment).id
+    imported = outbox.enqueue("deployment", {**deployment, "version": "3"}).id
+    set_state(outbox, "pending", imported, origin="a" * 32, identity=None)
+
+    assert outbox.enqueue("deployment", deployment).outcome == "duplicate"
+    found = amended(outbox, failed(outbox, "deployment", invoke_id="7"), "version=2")
+    assert (found.outcome, found.detail) == ("superseded", f"the corrected event was queued before as {first}")
+
+
+def test_an_event_of_a_batch_that_is_still_handed_over_is_queued_already(outbox):
+    old = failed(outbox, invoke_id="7")
+    set_state(outbox, "staged", outbox.enqueue("build", {**BUILD, "invoke_id": "7", "version": "2"}).id, batch=1)
+    with outbox.store.write() as connection:
+        connection.execute("INSERT INTO batch (id, kind, created_at, published) VALUES (1, 'enqueue', 1, 1)")
+
+    assert amended(outbox, old, "version=2").outcome == "superseded"
 
 
 def test_a_plan_writes_nothing(outbox):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -36,7 +38,7 @@ def told(outbox, name="mail", wanted=FAILED, limit=None):
     with cursors.held(outbox.store, name):
         for step in cursors.unseen(outbox.store, name, wanted, limit):
             found += [record.id for record in step.records]
-            cursors.move(outbox.store, name, step.seq)
+            cursors.move(outbox.store, name, step)
     return found
 
 
@@ -107,10 +109,24 @@ def test_a_cursor_that_was_not_moved_tells_again(outbox):
 
 def test_a_cursor_never_goes_back(outbox):
     fail(outbox, *queue(outbox, 3))
-    cursors.move(outbox.store, "mail", 3)
-    cursors.move(outbox.store, "mail", 1)
+    (step,) = cursors.unseen(outbox.store, "mail", FAILED)
+    cursors.move(outbox.store, "mail", step)
+    cursors.move(outbox.store, "mail", step._replace(seq=1))
 
     assert told(outbox) == []
+
+
+def test_a_cursor_is_not_moved_in_an_outbox_that_took_the_place_of_the_one_that_was_read(outbox):
+    """A mended or restored one counts its failures anew: some would never be told."""
+    fail(outbox, *queue(outbox, 3))
+    (step,) = cursors.unseen(outbox.store, "mail", FAILED)
+    outbox.close()
+    shutil.copy(outbox.store.path, f"{outbox.store.path}.copy")
+    os.replace(f"{outbox.store.path}.copy", outbox.store.path)
+    with pytest.raises(OutboxError, match="replaced"):
+        cursors.move(outbox.store, "mail", step)
+
+    assert told(outbox) == [1, 2, 3]
 
 
 def test_ten_thousand_failures_are_told_in_short_reads(outbox):
@@ -141,7 +157,7 @@ def test_one_run_of_a_name_at_a_time_and_others_beside_it(outbox):
         thread.start()
         started.wait(30)
         for step in cursors.unseen(outbox.store, "mail", FAILED):
-            cursors.move(outbox.store, "mail", step.seq)
+            cursors.move(outbox.store, "mail", step)
         other = Store(outbox.store.path)
         with cursors.held(other, "pager"):
             pass

@@ -88,7 +88,8 @@ def test_counts_are_those_of_a_plain_count(outbox, monkeypatch, page):
 def test_a_summary_looks_at_a_bounded_number(outbox, monkeypatch):
     monkeypatch.setattr(groups, "PAGE", 10)
     fail(outbox, *queue(outbox, *["1"] * 50))
-    summary = groups.summary(outbox.store, 5, most_rows=20)
+    monkeypatch.setattr(groups, "MOST_ROWS", 20)
+    summary = groups.summary(outbox.store, 5)
 
     assert (summary.groups[0].total, summary.is_cut) == (20, True)
 

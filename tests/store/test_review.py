@@ -209,7 +209,6 @@ def test_failures_since_a_moment(outbox):
 
     assert [record.id for record in review.failed_since(outbox.store, 40.0)] == [2, 1]
     assert [record.id for record in review.failed_since(outbox.store, 40.5)] == [1]
-    assert review.failed_ids(outbox.store) == [1, 2]
 
 
 def test_record_has_the_documented_keys(outbox):

@@ -29,11 +29,19 @@ def test_a_moment_is_a_time_or_an_age(words, seconds):
     assert moment(words, NOW) == seconds
 
 
-def test_a_date_is_its_midnight_here(monkeypatch):
-    monkeypatch.setenv("TZ", "Asia/Tokyo")
+@pytest.mark.parametrize(
+    ("zone", "date", "begins"),
+    [
+        ("Asia/Tokyo", "2026-11-06", "2026-11-06T00:00:00+09:00"),
+        ("America/Sao_Paulo", "2018-11-04", "2018-11-04T01:00:00-02:00"),  # clocks went from 0:00 to 1:00
+        ("America/Havana", "2026-11-01", "2026-11-01T00:00:00-04:00"),  # and from 1:00 to 0:00
+    ],
+)
+def test_a_date_is_when_it_begins_here(monkeypatch, zone, date, begins):
+    monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:
-        assert moment("2026-11-06", NOW) == moment("2026-11-06T00:00:00+09:00", NOW)
+        assert moment(date, NOW) == moment(begins, NOW)
     finally:
         monkeypatch.undo()
         time.tzset()

@@ -124,12 +124,13 @@ def root() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 outbox or I/O, 2 usage, 3 configuration, 4/5 refused, 75 queued."""
-    _open_closed_streams()
+    was_closed = _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A name that the terminal's encoding can't show must not end a build.
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = _Sturdy(sys.stdout, BrokenPipeError)
+    sys.stdout.is_lost = 1 in was_closed
     sys.stderr = _Sturdy(sys.stderr, OSError)
     code = _run()
     try:
@@ -148,9 +149,10 @@ class _Sturdy:
     A reader that has seen enough is no error, and talk that nobody can hear must not keep an event from being queued.
     """
 
-    def __init__(self, stream: Any, loss: type[OSError]) -> None:
+    def __init__(self, stream: Any, loss: type[OSError], whole: _Sturdy | None = None) -> None:
         self._stream = stream
         self._loss = loss
+        self._whole = whole or self  # what these are the bytes of
         self.is_lost = False
 
     def write(self, text: Any) -> int:
@@ -171,7 +173,7 @@ class _Sturdy:
     @property
     def buffer(self) -> _Sturdy:
         """The bytes below, which click writes to where an encoding is too small."""
-        return _Sturdy(self._stream.buffer, self._loss)
+        return _Sturdy(self._stream.buffer, self._loss, self._whole)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -179,7 +181,7 @@ class _Sturdy:
     def _lose(self, exc: OSError) -> None:
         """Let go of a reader that has left; a disk may have room again by the next line."""
         if isinstance(exc, BrokenPipeError):
-            self.is_lost = True
+            self._whole.is_lost = True
             _to_nowhere(self._stream.fileno())
 
 
@@ -189,15 +191,21 @@ def _to_nowhere(fd: int) -> None:
     os.close(nowhere)
 
 
-def _open_closed_streams() -> None:
-    """Put /dev/null where the caller closed stdin, stdout or stderr, or the next file opened would take its place."""
+def _open_closed_streams() -> list[int]:
+    """Put /dev/null where the caller closed stdin, stdout or stderr, or the next file opened would take its place.
+
+    Returns which were closed.
+    """
+    closed = []
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            closed.append(number)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  # for the rest of the process
+    return closed
 
 
 def _run() -> int:

@@ -49,7 +49,7 @@ def show_new(
                 sys.stdout.flush()
             if getattr(sys.stdout, "is_lost", False):
                 return
-            cursors.move(store, name, step.seq)
+            cursors.move(store, name, step)
 
 
 def show_groups(store: Store, wanted: Filter, limit: int | None, *, as_json: bool) -> bool:

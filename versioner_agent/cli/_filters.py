@@ -38,6 +38,18 @@ def _as_reason(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return value
 
 
+def _as_text(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return what a record's name can be: bytes that are not UTF-8 are in none."""
+    if value is None:
+        return None
+    from versioner_agent.values import string_problem  # noqa: PLC0415  # only for who asks
+
+    problem = string_problem(value)
+    if problem:
+        raise click.BadParameter(problem, ctx=ctx, param=param)
+    return value
+
+
 def filter_options(*states: str) -> Callable[[Decorated], Decorated]:
     """Offer to choose records, by one of *states* among others; `filter_of` takes what was said."""
 
@@ -53,8 +65,8 @@ def filter_options(*states: str) -> Callable[[Decorated], Decorated]:
             click.option(
                 "--reason", callback=_as_reason, metavar="WORD", help="For this reason: conflict, invalid, late …"
             ),
-            click.option("--version", metavar="TEXT", help="Only records of this version."),
-            click.option("--product", metavar="NAME", help="Only records of this product."),
+            click.option("--version", callback=_as_text, metavar="TEXT", help="Only records of this version."),
+            click.option("--product", callback=_as_text, metavar="NAME", help="Only records of this product."),
             click.option("--state", type=click.Choice(states or STATES), help="Only records in this state."),
         ):
             function = option(function)

@@ -20,7 +20,7 @@ VALUE_CHARS = 300
 
 
 @click.command()
-@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="[ID...]")
 @filter_options("failed", "pending")
 @click.option(
     "--set",
@@ -60,7 +60,7 @@ def amend(
     if not assignments and not unset:
         raise UsageError("say what is to change: --set FIELD=VALUE, --unset FIELD")
     wanted = amending.correction(assignments, unset)
-    chosen = list(dict.fromkeys(ids)) if ids else filter_of(options, default_state="failed")
+    chosen = ids or filter_of(options, default_state="failed")
     settings = outbox_settings(options)
     counts: dict[str, int] = {}
     do = amending.amend if yes else amending.planned

@@ -225,11 +225,16 @@ def _batch_lines(stats: Stats, now: float) -> list[str]:
 
 
 def _failure_lines(failures: Summary) -> list[str]:
+    from versioner_agent.groups import MOST_ROWS  # noqa: PLC0415
+
     lines = [group_line(group) for group in failures.groups[:GROUP_LINES]]
     left = failures.left + len(failures.groups) - len(lines)
-    if left or failures.is_cut:
-        or_more = " or more" if failures.is_cut else ""
-        lines.append(f"… and {left}{or_more} groups: `versioner-agent list --groups`")
+    if failures.is_cut:
+        lines.append(
+            f"… and more: only {MOST_ROWS} failures were looked at, `versioner-agent list --groups` counts all"
+        )
+    elif left:
+        lines.append(f"… and {left} groups: `versioner-agent list --groups`")
     return lines
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,7 +27,7 @@ LEFT_OUT_LINES = 20
 
 
 @click.command()
-@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="[ID...]")
 @click.option("--all-failed", is_flag=True, help="All failed records.")
 @filter_options("failed", "exported")
 @click.option("--out-of-order", is_flag=True, help="Also what a later event of its run has overtaken.")
@@ -42,27 +43,27 @@ def retry(ids: tuple[int, ...], all_failed: bool, out_of_order: bool, yes: bool,
     versioner-agent retry --product my-service --reason blocked --yes
     """
     from versioner_agent import repair, review  # noqa: PLC0415
+    from versioner_agent.filters import Filter  # noqa: PLC0415
 
     if bool(ids) + all_failed + is_given(options) != 1:
         raise UsageError("give record ids, --all-failed, or what they have in common (--product, --reason …)")
     store = _store(options)
+    do = functools.partial(review.retry_one, out_of_order=out_of_order)
     try:
         if is_given(options):
-            way = repair.Way(
-                functools.partial(review.retry_one, out_of_order=out_of_order),
-                functools.partial(review.retry_objection, out_of_order=out_of_order),
-                "retry",
-                "retried",
-            )
+            objection = functools.partial(review.retry_objection, out_of_order=out_of_order)
+            way = repair.Way(do, objection, "retry", "retried")
             return _by_filter(store, filter_of(options, default_state="failed"), way, yes=yes, as_json=as_json)
-        chosen = review.failed_ids(store) if all_failed else list(dict.fromkeys(ids))
-        return _report(review.retry(store, chosen, out_of_order=out_of_order), as_json=as_json)
+        if all_failed:
+            steps = repair.act(store, Filter("failed"), repair.newest(store), do)
+            return _report(itertools.chain.from_iterable(steps), as_json=as_json)
+        return _report(review.retry(store, list(dict.fromkeys(ids)), out_of_order=out_of_order), as_json=as_json)
     finally:
         store.close()
 
 
 @click.command()
-@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="ID...")
+@click.argument("ids", type=RECORD_ID, nargs=-1, metavar="[ID...]")
 @filter_options("pending", "failed", "exported")
 @click.option(
     "--yes",
@@ -104,12 +105,14 @@ def _store(options: dict[str, Any]) -> Store:
     return Store(settings.db, settings.busy_timeout)
 
 
-def _report(verdicts: list[Verdict], *, as_json: bool) -> int:
+def _report(verdicts: Iterable[Verdict], *, as_json: bool) -> int:
+    outcomes = set()
     for verdict in verdicts:
         _say(verdict, as_json=as_json)
-    if not verdicts and not as_json:
+        outcomes.add(verdict.outcome)
+    if not outcomes and not as_json:
         click.echo("nothing to do", err=True)
-    return 2 if any(verdict.outcome in _REFUSED for verdict in verdicts) else 0
+    return 0 if outcomes.isdisjoint(_REFUSED) else 2
 
 
 def _say(verdict: Verdict, *, as_json: bool) -> None:
