@@ -19,8 +19,7 @@ from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
 
 STEP = 250  # records that one transaction claims or turns: their rows are written anew
-UNFINISHED_KEPT_S = 3600.0  # a batch whose writer must be gone
-OPEN_KEPT_S = 30 * 86_400.0  # one that was written and may still be marked
+OPEN_KEPT_S = 30 * 86_400.0  # a batch that may still be marked, or whose file may be replaced
 ANSWERED_KEPT = 1000  # batches of which nothing is awaited any more, the newest
 LOOKED_AT = 2000  # records that one read passes over: some milliseconds
 BATCHES_SHOWN = 100
@@ -288,7 +287,7 @@ def are_held(store: Store, products: Collection[str]) -> bool:
 
 def sweep(store: Store, now: float) -> None:
     """Forget batches that nobody will mark any more, and most of those of which nothing is awaited."""
-    times = {"unfinished": now - UNFINISHED_KEPT_S, "open": now - OPEN_KEPT_S, "kept": ANSWERED_KEPT}
+    times = {"open": now - OPEN_KEPT_S, "kept": ANSWERED_KEPT}
     with store.read() as connection:
         if not has_tables(store) or connection.execute(FIND_SWEPT, times).fetchone() is None:
             return
@@ -380,7 +379,7 @@ FIND_OLD = """
     WHERE awaited + waiting > 0 AND awaited > 0 AND state = 'marked' AND created_at < ? ORDER BY id LIMIT 1
 """
 _SWEPT = """
-    FROM export WHERE (state = 'open' AND created_at < CASE WHEN digest IS NULL THEN :unfinished ELSE :open END)
+    FROM export WHERE (state = 'open' AND created_at < :open)
         OR (state = 'marked' AND awaited <= 0 AND id < (SELECT max(id) FROM export) - :kept)
 """
 FIND_SWEPT = f"SELECT 1 {_SWEPT} LIMIT 1"

@@ -14,7 +14,7 @@ from crash import COMMAND, killed_at, needs_strace, points_of, traced
 from specimen import records_of
 
 pytestmark = needs_strace
-CALLS = ("pwrite64", "fdatasync", "fsync", "write", "rename", "renameat", "renameat2", "unlinkat")
+CALLS = ("pwrite64", "fdatasync", "fsync", "write", "linkat", "rename", "renameat", "renameat2", "unlinkat")
 EVENTS = 5
 
 

@@ -303,7 +303,12 @@ def test_an_export_gives_up_old_batches_where_there_is_no_agent(outbox, ledger, 
 
 @pytest.mark.parametrize(
     ("age_s", "digest", "is_swept"),
-    [(7200, None, True), (60, None, False), (7200, "d" * 64, False), (40 * 86_400, "d" * 64, True)],
+    [
+        (20 * 86_400, None, False),
+        (20 * 86_400, "d" * 64, False),
+        (40 * 86_400, None, True),
+        (40 * 86_400, "d" * 64, True),
+    ],
 )
 def test_a_batch_that_nobody_will_mark_is_swept(outbox, ledger, age_s, digest, is_swept):
     queue(outbox, "a")
