@@ -232,11 +232,13 @@ def _write(
     except OutboxMissing:
         return None
     migrate(ledger)
-    while ledger.hand_over():
-        pass
-    if not exports.has_pending(store, product):
-        return None
-    export = exports.begin(store, product, time.time())
+    export = None
+    while export is None:
+        while ledger.hand_over():
+            pass
+        if not exports.has_pending(store, product):
+            return None
+        export = exports.begin(store, product, time.time())
     lines = _Lines(store, export, file, error, compressed=compressed)
     damaged: list[int] = []
     after, left, is_end = 0, limit or MOST, False
@@ -247,6 +249,8 @@ def _write(
         lines.write(step.records)
     if not lines.last_id:
         exports.drop(store, export)
+        if not damaged:
+            return None  # it was discarded meanwhile
         raise OutboxError(
             f"nothing was exported: all that was pending is damaged and has failed ({_some(damaged)})",
             "`versioner-agent show ID` tells more; queue these events again",

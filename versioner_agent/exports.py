@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from versioner_agent.batches import CHUNK_BYTES
+from versioner_agent.batches import CHUNK_BYTES, FIND_PUBLISHED
 from versioner_agent.records import COLUMNS, Record, as_record, is_intact, number, text
 from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
@@ -91,18 +91,27 @@ def has_pending(store: Store, product: str | None) -> bool:
         return connection.execute(query.format("id"), named).fetchone() is not None
 
 
-def begin(store: Store, product: str | None, now: float) -> Export:
-    """Begin a batch; nothing is claimed yet. Raises OutboxError."""
+def begin(store: Store, product: str | None, now: float) -> Export | None:
+    """Begin a batch of what is queued by now, up to its `last_id`; nothing is claimed yet. Raises OutboxError.
+
+    None while something that was published is not handed over: what was queued after it must not go first.
+    """
     with store.write() as connection:
+        if connection.execute(FIND_PUBLISHED).fetchone() is not None:
+            return None
         values = (os.urandom(16).hex(), now, product)
         export_id = connection.execute(INSERT, values).lastrowid
         return _export(connection.execute(SELECT + " WHERE id = ?", (export_id,)).fetchone())
 
 
 def claim(store: Store, export: Export, after: int, step: int, now: float) -> Claimed:
-    """Claim up to *step* pending records behind the id *after*, in one transaction; fails those that are damaged."""
+    """Claim up to *step* pending records of the batch behind the id *after*, in one transaction.
+
+    Fails those that are damaged. What was queued since the batch began is left to the next one: somebody may queue
+    faster than we write.
+    """
     query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
-    named = {"product": export.product_name, "after": after, "until": MAX_ID, "limit": step}
+    named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": step}
     with store.write() as connection:
         rows = _fitting(connection.execute(query, named))
         claimed = connection.executemany(CLAIM, [(-export.id, row[0]) for row in rows]).rowcount
@@ -323,9 +332,11 @@ MAX_ID = 2**63 - 1
 DAMAGED = "the record's digest does not fit: its content was altered on the disk; it was not exported"
 SELECT = f"SELECT {', '.join(Export._fields)} FROM export"  # noqa: S608  # a constant
 INSERT = """
-    INSERT INTO export (uid, created_at, state, product_name, previous) VALUES (?, ?, 'open', ?, (
-        SELECT uid FROM export WHERE state IN ('marking', 'marked') ORDER BY id DESC LIMIT 1
-    ))
+    INSERT INTO export (uid, created_at, state, product_name, previous, last_id) VALUES (
+        ?, ?, 'open', ?,
+        (SELECT uid FROM export WHERE state IN ('marking', 'marked') ORDER BY id DESC LIMIT 1),
+        (SELECT max(id) FROM record)
+    )
 """
 NEXT_OF_ALL = """
     SELECT {} FROM record INDEXED BY record_state
