@@ -105,16 +105,21 @@ def mark(settings: Settings, digest: str) -> Marked:
         found = _the_one(
             exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else [], "digest", digest
         )
-        if found.state != "open":
-            return Marked(found.uid, found.records, 0, was_marked=True)
-        with _borrowed(store, settings):
-            ledger = Ledger(store)
-            while ledger.hand_over():
-                pass
-            waiting = exports.count_claimed(store, found)
-            written = Written(found.records, found.first_id or 0, found.last_id or 0, found.digest or "")
-            ledger.mark(found, written, waiting, None)
-            return Marked(found.uid, found.records, waiting, was_marked=False)
+        if found.state == "open":
+            with _borrowed(store, settings):
+                found = exports.by_uid(store, found.uid) or found  # somebody may have been faster
+                if found.state == "open":
+                    return _mark_open(Ledger(store), found)
+        return Marked(found.uid, found.records, 0, was_marked=True)
+
+
+def _mark_open(ledger: Ledger, found: Export) -> Marked:
+    while ledger.hand_over():
+        pass
+    waiting = exports.count_claimed(ledger.store, found)
+    written = Written(found.records, found.first_id or 0, found.last_id or 0, found.digest or "")
+    ledger.mark(found, written, waiting, None)
+    return Marked(found.uid, found.records, waiting, was_marked=False)
 
 
 def export_again(settings: Settings, name: str, path: str) -> Exported:

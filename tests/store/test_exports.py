@@ -498,6 +498,17 @@ def test_marking_by_digest_counts_in_short_reads(outbox, ledger, settings, monke
     assert (found.records, found.marked, states(ledger)) == (10, 9, {"exported": 9, "discarded": 1})
 
 
+def test_a_batch_that_somebody_else_marks_meanwhile_is_marked_once(outbox, ledger, settings, monkeypatch):
+    queue(outbox, "a", 3)
+    with open(os.devnull, "wb") as stream:
+        digest = export_to(settings, stream).sha256
+    found = exports.by_digest(ledger.store, digest)
+    assert mark(settings, digest).marked == 3
+    monkeypatch.setattr(exports, "by_digest", lambda *_: found)  # as it was before
+
+    assert mark(settings, digest) == (found[0].uid, 3, 0, True)
+
+
 def test_the_lines_are_those_of_the_format(outbox, settings, tmp_path):
     queue(outbox, "ü\u2028 1")
 
