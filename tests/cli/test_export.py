@@ -575,6 +575,23 @@ def test_a_signal_ends_the_flush_and_not_the_spill(host_for, serve, file, number
     assert host.counts() == {"delivered": 1, "exported": 2}
 
 
+def test_who_ends_a_job_signals_again_and_has_the_spill_all_the_same(host_for, serve, file):
+    """SIGINT, then SIGTERM while a request is under way, then more of them while the file is written."""
+    host = host_for(serve(lambda _: hanging()).url)
+    host.queue("a", 2000)
+    process = host.start("flush", "--timeout", "600", "--spill", str(file), VERSIONER_AGENT_TIMEOUT="2")
+    eventually(lambda: host.health().state != "unknown" or host.record(1)[2])
+    process.send_signal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(number)
+    eventually(lambda: list(file.parent.glob(".*.part")) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(30) == 0
+    assert len(versions(file)) == 2000
+    assert host.counts() == {"exported": 2000}
+
+
 def test_a_spill_that_fails_exits_1(host, file):
     host.queue("a")
 
