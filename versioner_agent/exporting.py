@@ -131,8 +131,7 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         with _owned(store):
             found = _the_one(exports.by_name(store, name.lower()), "batch", name)
-            while exports.hand_over(store):
-                pass
+            exports.hand_over_all(store)
             found = exports.by_uid(store, found.uid) or found
         if found.state == "open":
             raise UsageError(f"the batch {name} was not marked; nothing was done", "`export` writes its records anew")

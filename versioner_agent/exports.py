@@ -205,6 +205,12 @@ def hand_over(store: Store, step: int = STEP) -> bool:
     return True
 
 
+def hand_over_all(store: Store) -> None:
+    """Turn all that counts as exported: until then it looks as if it were pending. Raises OutboxError."""
+    while hand_over(store):
+        pass
+
+
 def _window(connection: sqlite3.Connection, export: Export, after: int, limit: int) -> list[tuple[int, int | None]]:
     """Return id and batch of pending records among which those of *export* are."""
     query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format("id, batch")

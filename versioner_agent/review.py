@@ -247,7 +247,7 @@ def discard_one(connection: sqlite3.Connection, record_id: int, *, pending_too: 
     against = discard_objection(found[0], pending_too=pending_too)
     if against is None:
         connection.execute(DISCARD, (time.time(), record_id))
-    return against or Verdict(record_id, "discarded")
+    return against or Verdict(record_id, "discarded", EXPORTED_STILL if found[0].state == "exported" else "")
 
 
 def discard_objection(record: Record, *, pending_too: bool) -> Verdict | None:
@@ -269,6 +269,7 @@ def amended_by(store: Store, record_id: int) -> int | None:
 
 
 EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
+EXPORTED_STILL = "whoever imports the file it was exported to sends it all the same"
 COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
 LAST_FAILURE = f"""

@@ -474,6 +474,28 @@ def test_retry_says_that_the_far_side_may_send_it_too(host, file):
     assert host.counts() == {"pending": 1}
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (("retry", "1"), 0, b"sends it too"),
+        (("discard", "1", "--yes"), 0, b"sends it all the same"),
+        (("amend", "1", "--set", "version=2", "--yes"), 2, b"it is exported"),
+    ],
+)
+def test_what_a_dead_export_has_marked_is_exported_for_who_repairs(host, file, command, code, words):
+    """It was killed before it had turned the records themselves."""
+    host.queue("a", 2)
+    host.run("export", str(file))
+    sql(host.path, "UPDATE record SET state = 'pending'")
+    sql(host.path, "UPDATE export SET state = 'marking', waiting = 2, awaited = 0, marked_to = 0")
+    assert host.counts() == {"exported": 2}
+
+    done = host.run(*command)
+
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr
+
+
 def test_a_held_product_is_not_delivered_until_it_is_let_go(host_for, serve, file):
     server = serve(lambda seen: accepted(f"evt-{seen.key}"))
     host = host_for(server.url)
