@@ -16,7 +16,7 @@ from versioner_agent.outbox import Outbox
 RECORD_KEYS = [
     *("id", "event_id", "state", "kind", "product_name", "version", "environment_name", "status", "invoke_id"),
     *("queued_at", "queued_by", "attempts", "last_attempt_at", "settled_at", "http_status", "server_id", "reason"),
-    *("code", "rule", "retry_after", "late", "detail", "origin", "amends"),
+    *("code", "rule", "retry_after", "late", "detail"),
 ]
 HOSTILE = "evil\x1b]0;pwned\x07\x1b[31m\u202e\u2066name\r\nforged 1: line"
 
