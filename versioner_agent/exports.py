@@ -107,8 +107,7 @@ def begin(store: Store, product: str | None, now: float) -> Export | None:
 def claim(store: Store, export: Export, after: int, step: int, now: float) -> Claimed:
     """Claim up to *step* pending records of the batch behind the id *after*, in one transaction.
 
-    Fails those that are damaged. What was queued since the batch began is left to the next one: somebody may queue
-    faster than we write.
+    Damaged ones fail; what was queued since the batch began is left, for others may queue faster than we write.
     """
     query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
     named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": step}
@@ -338,8 +337,7 @@ MAX_ID = 2**63 - 1
 DAMAGED = "the record's digest does not fit: its content was altered on the disk; it was not exported"
 SELECT = f"SELECT {', '.join(Export._fields)} FROM export"  # noqa: S608  # a constant
 INSERT = """
-    INSERT INTO export (uid, created_at, state, product_name, previous, last_id) VALUES (
-        ?, ?, 'open', ?,
+    INSERT INTO export (uid, created_at, state, product_name, previous, last_id) VALUES (?, ?, 'open', ?,
         (SELECT uid FROM export WHERE state IN ('marking', 'marked') ORDER BY id DESC LIMIT 1),
         (SELECT max(id) FROM record)
     )
@@ -387,9 +385,7 @@ NEXT_HELD = """
     SELECT product_name FROM record INDEXED BY record_held_by_export
     WHERE state = 'exported' AND product_name > ? ORDER BY product_name LIMIT 1
 """
-HELD = """
-    SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' AND product_name = ? LIMIT 1
-"""
+HELD = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' AND product_name = ? LIMIT 1"
 ANY_EXPORTED = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' LIMIT 1"
 FIND_OLD = """
     SELECT id FROM export INDEXED BY export_unanswered
