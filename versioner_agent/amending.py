@@ -220,7 +220,7 @@ def _objection(record: Record, payload: bytes) -> str:
         return "it is exported, and the far side has it; `retry` takes it back, `discard` gives it up"
     if record.state not in AMENDABLE:
         return f"it is {record.state}; only failed and pending ones are amended"
-    if record.reason == "damaged" or not is_intact(record, payload):
+    if not is_intact(record, payload):
         return "its content is damaged; queue the event again"
     if not payload:
         return "its payload was let go; queue the event again"

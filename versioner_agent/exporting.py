@@ -73,7 +73,7 @@ def export(settings: Settings, path: str, *, product: str | None = None, limit: 
                 batch = _write(ledger, new.file, product, limit, new.error, compressed=is_compressed(new.path))
             if batch is None:
                 return None
-            new.place()
+            new.place(replaces=check_free(store, new.path))
             with _owned(store):
                 _mark(ledger, lock, batch, new.path)
                 _give_up_old(ledger, settings.exported_retention_days)
@@ -106,16 +106,21 @@ def mark(settings: Settings, digest: str) -> Marked:
         found = _the_one(
             exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else [], "digest", digest
         )
-        if found.state != "open":
-            return Marked(found.uid, found.records, 0, was_marked=True)
-        with _borrowed(store, settings):
-            ledger = Ledger(store)
-            while ledger.hand_over():
-                pass
-            waiting = exports.count_claimed(store, found)
-            written = Written(found.records, found.first_id or 0, found.last_id or 0, found.digest or "")
-            ledger.mark(found, written, waiting, None)
-            return Marked(found.uid, found.records, waiting, was_marked=False)
+        if found.state == "open":
+            with _borrowed(store, settings):
+                found = exports.by_uid(store, found.uid) or found  # somebody may have been faster
+                if found.state == "open":
+                    return _mark_open(Ledger(store), found)
+        return Marked(found.uid, found.records, 0, was_marked=True)
+
+
+def _mark_open(ledger: Ledger, found: Export) -> Marked:
+    while ledger.hand_over():
+        pass
+    waiting = exports.count_claimed(ledger.store, found)
+    written = Written(found.records, found.first_id or 0, found.last_id or 0, found.digest or "")
+    ledger.mark(found, written, waiting, None)
+    return Marked(found.uid, found.records, waiting, was_marked=False)
 
 
 def export_again(settings: Settings, name: str, path: str) -> Exported:
@@ -127,30 +132,30 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         with _owned(store):
             found = _the_one(exports.by_name(store, name.lower()), "batch", name)
-            while exports.hand_over(store):
-                pass
+            exports.hand_over_all(store)
             found = exports.by_uid(store, found.uid) or found
         if found.state == "open":
             raise UsageError(f"the batch {name} was not marked; nothing was done", "`export` writes its records anew")
         check_free(store, path, found.uid)
-        with NewFile(path) as new:
+        with NewFile(path) as new, _borrowed(store, settings):
             with _owned(store):
                 batch = _rewrite(store, found, new)
-            new.place()
+            new.place(replaces=check_free(store, new.path, found.uid))
             with _owned(store):
                 exports.rewritten(store, found, batch.written.digest, new.path)
             return batch.exported(new.path)
 
 
-def check_free(store: Store, path: str, batch: str | None = None) -> None:
-    """Refuse a *path* where something lies that is not ours to replace, by raising UsageError.
+def check_free(store: Store, path: str, batch: str | None = None) -> bool:
+    """Tell whether something lies at *path* that is ours to replace; raises UsageError for what is not.
 
     Ours are exports of this outbox that are of no more use: cut short before they were marked, or with a verdict for
-    every record; and the very *batch* that is to be written.
+    every record; and the very *batch* that is to be written. That holds only for as long as delivering is borrowed:
+    what another export is about to mark looks as if it had been cut short.
     """
     header = _header_of(path)
     if header is None:
-        return
+        return False
     with _owned(store):
         try:
             is_ours = exports.outbox_uid(store) == header.get("outbox")
@@ -159,13 +164,12 @@ def check_free(store: Store, path: str, batch: str | None = None) -> None:
             is_ours, found = False, None
     if not is_ours or header.get("content") != "events":
         raise UsageError(f"{path} is there already, and no export of this outbox; nothing was done", _ANOTHER)
-    is_of_no_use = found is None or (
-        found.digest is None if found.state == "open" else found.awaited + found.waiting <= 0
-    )
-    if not is_of_no_use and header["batch"] != batch:
-        raise UsageError(
-            f"{path} holds the batch {header['batch'][:8]}, which is still of use; nothing was done", _ANOTHER
-        )
+    if found is None:  # it may be of a clone, or of a time after the backup that this one was restored from
+        raise UsageError(f"{path} holds a batch that this outbox does not know; nothing was done", _ANOTHER)
+    is_of_no_use = found.digest is None if found.state == "open" else found.awaited + found.waiting <= 0
+    if not is_of_no_use and found.uid != batch:
+        raise UsageError(f"{path} holds the batch {found.uid[:8]}, which is still of use; nothing was done", _ANOTHER)
+    return True
 
 
 _ANOTHER = "name a file that is not there"
@@ -233,11 +237,13 @@ def _write(
     except OutboxMissing:
         return None
     migrate(ledger)
-    while ledger.hand_over():
-        pass
-    if not exports.has_pending(store, product):
-        return None
-    export = ledger.with_room(lambda: exports.begin(store, product, time.time()))
+    export = None
+    while export is None:
+        while ledger.hand_over():
+            pass
+        if not exports.has_pending(store, product):
+            return None
+        export = ledger.with_room(lambda: exports.begin(store, product, time.time()))
     lines = _Lines(store, export, file, error, compressed=compressed)
     damaged: list[int] = []
     after, left, is_end = 0, limit or MOST, False
@@ -248,6 +254,8 @@ def _write(
         lines.write(step.records)
     if not lines.last_id:
         exports.drop(store, export)
+        if not damaged:
+            return None  # it was discarded meanwhile
         raise OutboxError(
             f"nothing was exported: all that was pending is damaged and has failed ({_some(damaged)})",
             "`versioner-agent show ID` tells more; queue these events again",

@@ -13,14 +13,13 @@ import sqlite3
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from versioner_agent.batches import CHUNK_BYTES
+from versioner_agent.batches import CHUNK_BYTES, FIND_PUBLISHED
 from versioner_agent.records import COLUMNS, Record, as_record, is_intact, number, text
 from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
 
 STEP = 250  # records that one transaction claims or turns: their rows are written anew
-UNFINISHED_KEPT_S = 3600.0  # a batch whose writer must be gone
-OPEN_KEPT_S = 30 * 86_400.0  # one that was written and may still be marked
+OPEN_KEPT_S = 30 * 86_400.0  # a batch that may still be marked, or whose file may be replaced
 ANSWERED_KEPT = 1000  # batches of which nothing is awaited any more, the newest
 LOOKED_AT = 2000  # records that one read passes over: some milliseconds
 BATCHES_SHOWN = 100
@@ -92,18 +91,26 @@ def has_pending(store: Store, product: str | None) -> bool:
         return connection.execute(query.format("id"), named).fetchone() is not None
 
 
-def begin(store: Store, product: str | None, now: float) -> Export:
-    """Begin a batch; nothing is claimed yet. Raises OutboxError."""
+def begin(store: Store, product: str | None, now: float) -> Export | None:
+    """Begin a batch of what is queued by now, up to its `last_id`; nothing is claimed yet. Raises OutboxError.
+
+    None while something that was published is not handed over: what was queued after it must not go first.
+    """
     with store.write() as connection:
+        if connection.execute(FIND_PUBLISHED).fetchone() is not None:
+            return None
         values = (os.urandom(16).hex(), now, product)
         export_id = connection.execute(INSERT, values).lastrowid
         return _export(connection.execute(SELECT + " WHERE id = ?", (export_id,)).fetchone())
 
 
 def claim(store: Store, export: Export, after: int, step: int, now: float) -> Claimed:
-    """Claim up to *step* pending records behind the id *after*, in one transaction; fails those that are damaged."""
+    """Claim up to *step* pending records of the batch behind the id *after*, in one transaction.
+
+    Damaged ones fail; what was queued since the batch began is left, for others may queue faster than we write.
+    """
     query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
-    named = {"product": export.product_name, "after": after, "until": MAX_ID, "limit": step}
+    named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": step}
     with store.write() as connection:
         rows = _fitting(connection.execute(query, named))
         claimed = connection.executemany(CLAIM, [(-export.id, row[0]) for row in rows]).rowcount
@@ -197,6 +204,12 @@ def hand_over(store: Store, step: int = STEP) -> bool:
     return True
 
 
+def hand_over_all(store: Store) -> None:
+    """Turn all that counts as exported: until then it looks as if it were pending. Raises OutboxError."""
+    while hand_over(store):
+        pass
+
+
 def _window(connection: sqlite3.Connection, export: Export, after: int, limit: int) -> list[tuple[int, int | None]]:
     """Return id and batch of pending records among which those of *export* are."""
     query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format("id, batch")
@@ -288,7 +301,7 @@ def are_held(store: Store, products: Collection[str]) -> bool:
 
 def sweep(store: Store, now: float) -> None:
     """Forget batches that nobody will mark any more, and most of those of which nothing is awaited."""
-    times = {"unfinished": now - UNFINISHED_KEPT_S, "open": now - OPEN_KEPT_S, "kept": ANSWERED_KEPT}
+    times = {"open": now - OPEN_KEPT_S, "kept": ANSWERED_KEPT}
     with store.read() as connection:
         if not has_tables(store) or connection.execute(FIND_SWEPT, times).fetchone() is None:
             return
@@ -324,9 +337,10 @@ MAX_ID = 2**63 - 1
 DAMAGED = "the record's digest does not fit: its content was altered on the disk; it was not exported"
 SELECT = f"SELECT {', '.join(Export._fields)} FROM export"  # noqa: S608  # a constant
 INSERT = """
-    INSERT INTO export (uid, created_at, state, product_name, previous) VALUES (?, ?, 'open', ?, (
-        SELECT uid FROM export WHERE state IN ('marking', 'marked') ORDER BY id DESC LIMIT 1
-    ))
+    INSERT INTO export (uid, created_at, state, product_name, previous, last_id) VALUES (?, ?, 'open', ?,
+        (SELECT uid FROM export WHERE state IN ('marking', 'marked') ORDER BY id DESC LIMIT 1),
+        (SELECT max(id) FROM record)
+    )
 """
 NEXT_OF_ALL = """
     SELECT {} FROM record INDEXED BY record_state
@@ -371,16 +385,14 @@ NEXT_HELD = """
     SELECT product_name FROM record INDEXED BY record_held_by_export
     WHERE state = 'exported' AND product_name > ? ORDER BY product_name LIMIT 1
 """
-HELD = """
-    SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' AND product_name = ? LIMIT 1
-"""
+HELD = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' AND product_name = ? LIMIT 1"
 ANY_EXPORTED = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' LIMIT 1"
 FIND_OLD = """
     SELECT id FROM export INDEXED BY export_unanswered
     WHERE awaited + waiting > 0 AND awaited > 0 AND state = 'marked' AND created_at < ? ORDER BY id LIMIT 1
 """
 _SWEPT = """
-    FROM export WHERE (state = 'open' AND created_at < CASE WHEN digest IS NULL THEN :unfinished ELSE :open END)
+    FROM export WHERE (state = 'open' AND created_at < :open)
         OR (state = 'marked' AND awaited <= 0 AND id < (SELECT max(id) FROM export) - :kept)
 """
 FIND_SWEPT = f"SELECT 1 {_SWEPT} LIMIT 1"

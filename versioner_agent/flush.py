@@ -56,12 +56,13 @@ def flush(
     timeout: float,
     rebind: bool = False,
     on_progress: Callable[[int | None], None] = lambda _: None,
+    is_hurried: bool = True,
 ) -> Drained:
     """Deliver what is pending within *timeout* seconds (and what is under way then, within GRACE_S).
 
     An outbox that others can write is left to its agent, and so is one whose agent is running: then this only waits.
-    *on_progress* gets the number still pending, None where it can't be read just then. Raises CredentialsMissing,
-    OtherDestination, OutboxError.
+    *on_progress* gets the number still pending, None where it can't be read just then. With *is_hurried* a second
+    signal ends the process. Raises CredentialsMissing, OtherDestination, OutboxError.
     """
     end = time.monotonic() + timeout
     store = Store(settings.db, settings.busy_timeout)
@@ -78,7 +79,7 @@ def flush(
         if rebind:
             _rebind(ledger, lock)
         binding.check(ledger, binding.configured(settings, env))
-        return _drain(ledger, lock, settings, env, end, on_progress)
+        return _drain(ledger, lock, settings, env, end, on_progress, is_hurried=is_hurried)
     except OutboxMissing:
         return Drained([], 0)
     finally:
@@ -116,6 +117,8 @@ def _drain(
     env: Mapping[str, str],
     end: float,
     on_progress: Callable[[int | None], None],
+    *,
+    is_hurried: bool,
 ) -> Drained:
     """Deliver when it is our turn, and watch whoever delivers when it is not."""
     sharing = others_can_write(ledger.store.path)
@@ -139,7 +142,7 @@ def _drain(
 
     while True:
         if not sharing and take_turn(lock):
-            turn = deliver(ledger, lock, settings, env, end, is_done, on_failed=keep)
+            turn = deliver(ledger, lock, settings, env, end, is_done, on_failed=keep, is_hurried=is_hurried)
             if turn.signal or not turn.is_handed_over:
                 why = (HELD if _are_all_held(ledger) else "") or in_trouble(ledger.destination()[1]) or turn.why
                 break
@@ -177,12 +180,14 @@ def deliver(
     *,
     on_failed: Callable[[Record], None] = lambda _: None,
     is_strict: bool = False,
+    is_hurried: bool = True,
 ) -> Turn:
     """Deliver what *ledger* shows while it is our turn, until *is_done* or *end* (monotonic seconds).
 
-    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn, all that
-    they may take when somebody wants to borrow the outbox, and nothing beyond *end* where that *is_strict*. The turn is
-    over and *lock* free when this returns. Raises CredentialsMissing, OtherDestination, ConfigError, OutboxError.
+    Then, or after SIGINT or SIGTERM, requests under way get GRACE_S; less when an agent waits for its turn, all
+    that they may take when somebody wants to borrow the outbox, and nothing beyond *end* where that *is_strict*. A
+    second signal ends the process where that *is_hurried*. The turn is over and *lock* free when this returns.
+    Raises CredentialsMissing, OtherDestination, ConfigError, OutboxError.
     """
     if binding.key_or_none(settings, env) is None:
         config.read_key(settings, env)  # says why it can't be read, where there is a reason
@@ -196,7 +201,7 @@ def deliver(
     # A longer pause would last beyond the end.
     options = options._replace(max_backoff=min(options.max_backoff, max(0.0, end - time.monotonic())))
     flusher = Flusher(ledger, sender, options, here, on_failed=on_failed, on_account=account.bind)
-    ours = _Ours(flusher, lock)
+    ours = _Ours(flusher, lock, is_hurried=is_hurried)
     with closing(sender), handled_by(ours.on_signal, signal.SIGTERM, signal.SIGINT):
         flusher.run(lambda: is_done(flusher) or time.monotonic() >= end or ours.is_over())
         unanswered = flusher.finish(ours.grace_s(settings.timeout))
@@ -211,18 +216,19 @@ def deliver(
 class _Ours:
     """What ends our turn before its time: an agent or a borrower that waits, a lock that was taken away, a signal.
 
-    At SIGINT and SIGTERM what is under way is settled before we leave; a second one leaves at once.
+    At SIGINT and SIGTERM what is under way is settled before we leave; a second one leaves at once, if *is_hurried*.
     """
 
-    def __init__(self, flusher: Flusher, lock: FlusherLock) -> None:
+    def __init__(self, flusher: Flusher, lock: FlusherLock, *, is_hurried: bool) -> None:
         self.signal = 0
+        self._is_hurried = is_hurried
         self._flusher = flusher
         self._lock = lock
         self._is_lost = False
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Remember it; the loop looks."""
-        if self.signal:
+        if self.signal and self._is_hurried:
             os._exit(128 + number)
         self.signal = number
         self._flusher.wake()

@@ -81,8 +81,8 @@ def import_all(store: Store, files: Sequence[ExportFile], listener: Listener) ->
         _refuse_own(events, ours)
         for file in verdicts:
             receipts.refuse_others(store, file, ours)
-        while verdicts and exports.hand_over(store):
-            pass  # of a batch that is still being marked: its records wait for these verdicts too
+        if verdicts:
+            exports.hand_over_all(store)  # a batch that is still being marked: its records wait for these verdicts too
         done: dict[int, Queued | Applied] = {}
         if events:
             _warn_of_gaps(store, events, listener)

@@ -51,17 +51,37 @@ class NewFile:
             self.file.close()
         os.close(self._directory)
 
-    def place(self) -> None:
-        """Sync the file, give it its name, and sync that; raises AgentError."""
+    def place(self, *, replaces: bool = False) -> None:
+        """Sync the file, give it its name, and sync that; raises UsageError where the name is taken, AgentError.
+
+        With *replaces*, the file takes the place of what has the name.
+        """
         assert self._unfinished is not None  # placed once
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
-            os.rename(self._unfinished, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            self._name_it(self._unfinished, replaces=replaces)
             self._unfinished = None
             self._sync_directory()
         except OSError as exc:
             raise self.error(exc) from exc
+
+    def _name_it(self, unfinished: str, *, replaces: bool) -> None:
+        """Give the file its name. Others may write to the same place: what they wrote since we looked is theirs."""
+        places = {"src_dir_fd": self._directory, "dst_dir_fd": self._directory}
+        if not replaces:
+            try:
+                os.link(unfinished, self._name, **places, follow_symlinks=False)
+            except FileExistsError as exc:
+                raise taken(self.path) from exc
+            except OSError as exc:  # sticks have no links
+                with suppress(FileNotFoundError):
+                    os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+                    raise taken(self.path) from exc
+            else:
+                os.unlink(unfinished, dir_fd=self._directory)
+                return
+        os.rename(unfinished, self._name, **places)
 
     def _sync_directory(self) -> None:
         try:
@@ -73,6 +93,11 @@ class NewFile:
     def error(self, exc: OSError) -> AgentError:
         """Say that the file can't be written."""
         return AgentError(f"can't write {self.path}: {exc.strerror or exc}", "choose another place, and try again")
+
+
+def taken(path: str) -> UsageError:
+    """Say that something lies at *path*."""
+    return UsageError(f"{path} is there already; nothing was done", "name a file that is not there")
 
 
 def open_old(path: str) -> int | None:

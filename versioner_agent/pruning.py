@@ -29,9 +29,6 @@ MOST_STEP = 1000
 STEP_BYTES = 1024 * 1024
 #: Free space inside the file that is kept, for new events can use it on a full disk.
 KEPT_FREE_BYTES = 8 * RESERVE_BYTES
-#: So long a batch that was written and never marked stays known (seconds): somebody may still say that it arrived.
-OPEN_KEPT_S = 400 * 86_400.0
-EXPORTS_A_LOOK = 100
 
 
 def next_step(done: int, taken_s: float) -> int:
@@ -52,13 +49,11 @@ class Pruner:
         self._clock = clock
         self._records = FIRST_STEP
         self._pages = FIRST_STEP
-        self._exports_from = 0
 
     def prune(self, before: float) -> int:
         """Remove one step of what was settled, or told, before *before* (seconds since 1970); returns how many."""
         rows = self._old(before)
         if not rows:
-            self._forget_exports(before)
             return 0
         try:
             return self._remove(rows)
@@ -90,19 +85,6 @@ class Pruner:
                 return []  # not upgraded yet: nothing is delivered from it either
             rows = connection.execute(FIND_OLD, (before, self._records)).fetchall()
             return rows or connection.execute(FIND_TOLD, (before, self._records)).fetchall()
-
-    def _forget_exports(self, before: float) -> None:
-        """Forget some batches written before *before* of which no record is exported any more; the newest is kept."""
-        with self._store.read() as connection:
-            if self._store.version < EXPORTS_SINCE:
-                return
-            rows = connection.execute(LOOK_AT_EXPORTS, (self._exports_from, EXPORTS_A_LOOK)).fetchall()
-        self._exports_from = rows[-1][0] if len(rows) == EXPORTS_A_LOOK else 0
-        until = {"marked": before, "open": before - OPEN_KEPT_S}
-        old = [(each,) for each, state, at, is_used in rows if not is_used and at < until.get(state, at)]
-        if old:
-            with self._store.write() as connection:
-                connection.executemany(FORGET_EXPORT, old)
 
     def _remove(self, rows: list[tuple[int, int]]) -> int:
         """Remove as many of *rows* as one transaction has time and room for, at least one; returns how many."""
@@ -138,9 +120,3 @@ FIND_TOLD = """
 """
 PRUNE = "DELETE FROM record WHERE id = ? AND state IN ('delivered', 'discarded')"
 UNTELL = "DELETE FROM told WHERE record_id = ?"
-LOOK_AT_EXPORTS = """
-    SELECT id, state, created_at, id = (SELECT max(id) FROM export) OR EXISTS (
-        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
-    ) FROM export WHERE id > ? ORDER BY id LIMIT ?
-"""
-FORGET_EXPORT = "DELETE FROM export WHERE id = ?"

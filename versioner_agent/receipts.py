@@ -23,7 +23,7 @@ from versioner_agent.errors import UsageError
 from versioner_agent.exportfile import Header, Writer, is_compressed, verdict_line
 from versioner_agent.importfile import ExportFile
 from versioner_agent.importlines import Verdict, verdict_problem
-from versioner_agent.newfile import NewFile, open_old
+from versioner_agent.newfile import NewFile, open_old, taken
 from versioner_agent.outcomes import MAX_DETAIL_CHARS, MAX_WORDS_CHARS
 from versioner_agent.privileges import as_owner_of
 from versioner_agent.records import COLUMNS, Record, as_record
@@ -62,7 +62,7 @@ def export(settings: Settings, path: str) -> Written | None:
         fd = open_old(path)
         if fd is not None:
             os.close(fd)
-            raise UsageError(f"{path} is there already; nothing was done", "name a file that is not there")
+            raise taken(path)
         with NewFile(path) as new:
             with as_owner_of(os.path.dirname(store.path)):
                 try:

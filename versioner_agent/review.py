@@ -17,7 +17,7 @@ from versioner_agent.exports import Overview
 from versioner_agent.filters import Filter
 from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
-from versioner_agent.records import COLUMNS, Record, as_record, number, text
+from versioner_agent.records import COLUMNS, Record, as_record, is_intact, number, text
 from versioner_agent.schema import EXPORTS_SINCE, STATES
 from versioner_agent.storage import Store, placeholders
 
@@ -206,7 +206,7 @@ def retry_objection(connection: sqlite3.Connection, record: Record, *, out_of_or
     """Return why *record* is not to be retried, None where nothing stands against it."""
     if record.state not in ("failed", "exported"):
         return Verdict(record.id, "refused", f"it is {record.state}; only failed and exported ones are retried")
-    if record.reason == "damaged":
+    if record.reason == "damaged" and not _is_intact(connection, record):  # it may have been damaged elsewhere
         return Verdict(record.id, "refused", "its content is damaged and will not be sent; queue the event again")
     if record.identity is not None:
         again = connection.execute(QUEUED_AGAIN, (record.identity, record.id, *LIVE_STATES)).fetchone()
@@ -217,6 +217,11 @@ def retry_objection(connection: sqlite3.Connection, record: Record, *, out_of_or
         words = f"{after} of the same run was delivered since; --out-of-order sends it"
         return Verdict(record.id, "out_of_order", words)
     return None
+
+
+def _is_intact(connection: sqlite3.Connection, record: Record) -> bool:
+    row = connection.execute(PAYLOAD, (record.id,)).fetchone()
+    return isinstance(row[0], bytes) and is_intact(record, row[0])
 
 
 def overtaken_by(connection: sqlite3.Connection, record: Record) -> int | None:
@@ -245,7 +250,7 @@ def discard_one(connection: sqlite3.Connection, record_id: int, *, pending_too: 
     against = discard_objection(found[0], pending_too=pending_too)
     if against is None:
         connection.execute(DISCARD, (time.time(), record_id))
-    return against or Verdict(record_id, "discarded")
+    return against or Verdict(record_id, "discarded", EXPORTED_STILL if found[0].state == "exported" else "")
 
 
 def discard_objection(record: Record, *, pending_too: bool) -> Verdict | None:
@@ -267,6 +272,7 @@ def amended_by(store: Store, record_id: int) -> int | None:
 
 
 EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
+EXPORTED_STILL = "whoever imports the file it was exported to sends it all the same"
 COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
 LAST_FAILURE = f"""
@@ -284,6 +290,7 @@ DESTINATION_ROW = """
 """
 SHOW = f"SELECT {COLUMNS}, payload FROM record WHERE id = ? AND state <> 'staged'"  # noqa: S608
 HOST_OF = "SELECT host FROM arrival INDEXED BY arrival_origin WHERE origin = ? ORDER BY id DESC LIMIT 1"
+PAYLOAD = "SELECT payload FROM record WHERE id = ?"
 FIND = f"SELECT {COLUMNS} FROM record WHERE id IN ({{}}) AND state <> 'staged' ORDER BY id"  # noqa: S608
 AMENDED_BY = "SELECT id FROM record INDEXED BY record_amends WHERE amends = ? LIMIT 1"
 ATTEMPTS = "SELECT at, outcome, http_status, detail, duration_s FROM attempt WHERE record_id = ? ORDER BY id"

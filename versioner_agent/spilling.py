@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError, UsageError
@@ -36,22 +36,26 @@ def flush_and_spill(
 ) -> Spilled:
     """Flush as `flush.flush` does, and export what is pending then to the new file *path*, whatever became of that.
 
-    SIGTERM and SIGINT end the flushing, not the exporting. Raises UsageError, before anything is done, where others can
-    write the outbox or *path* is taken, and AgentError where nothing could be exported.
+    SIGTERM and SIGINT end the flushing, not the exporting: who ends a job sends one after the other. Raises
+    UsageError, before anything is done, where others can write the outbox or *path* is taken, and AgentError where
+    nothing could be exported.
     """
     check(settings, path)
-    drained, failure, words = Drained([], 0), None, ""
-    try:
-        with handled_by(_stop, signal.SIGTERM, signal.SIGINT):
-            drained = flush(settings, env, timeout=timeout, rebind=rebind, on_progress=on_progress)
-    except _StoppedError as exc:
-        words = f"flushing was ended by {signal.Signals(exc.args[0]).name}"
-    except AgentError as exc:
-        failure, words = exc, " ".join(exc.message.split())
-    exported = export(settings, path)
-    if exported is None and failure is not None:
-        raise failure
-    return Spilled(drained, exported, words)
+    with handled_by(lambda *_: None, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        drained, failure, words = Drained([], 0), None, ""
+        try:
+            with handled_by(_Stop(), signal.SIGTERM, signal.SIGINT):
+                drained = flush(
+                    settings, env, timeout=timeout, rebind=rebind, on_progress=on_progress, is_hurried=False
+                )
+        except _StoppedError as exc:
+            words = f"flushing was ended by {signal.Signals(exc.args[0]).name}"
+        except AgentError as exc:
+            failure, words = exc, " ".join(exc.message.split())
+        exported = export(settings, path)
+        if exported is None and failure is not None:
+            raise failure
+        return Spilled(drained, exported, words)
 
 
 def check(settings: Settings, path: str) -> None:
@@ -70,5 +74,14 @@ class _StoppedError(BaseException):
     """A signal has ended the flushing where nothing else handles it."""
 
 
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    raise _StoppedError(number)
+class _Stop:
+    """Ends the flushing at the first signal; a second one must not end what the first one has ended."""
+
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Raise _StoppedError, once."""
+        if not self._is_told:
+            self._is_told = True
+            raise _StoppedError(number)

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -14,11 +15,14 @@ import stat
 import subprocess
 
 import pytest
+from exports import sql
 from host import COMMAND, eventually
 from scripted import accepted, hanging, refused
 
 from versioner_agent import review, schema
+from versioner_agent.errors import UsageError
 from versioner_agent.locks import FlusherLock
+from versioner_agent.newfile import NewFile
 
 
 def parsed(data):
@@ -182,6 +186,70 @@ def test_a_file_whose_records_all_have_a_verdict_is_replaced(host, file):
 
     assert host.run("export", str(file)).returncode == 0
     assert versions(file) == [("b", "1")]
+
+
+def test_of_two_exports_to_one_file_the_second_is_refused(host, file):
+    """Both have found the place free before the first one wrote."""
+    host.queue("a", 2)
+    with host_lock(host):
+        both = [host.start("export", "--limit", "1", str(file)) for _ in range(2)]
+        eventually(lambda: len(list(file.parent.glob(".*.part"))) == 2)
+
+    assert sorted(each.wait(30) for each in both) == [0, 2]
+    assert b"which is still of use; nothing was done" in host.said()
+    assert versions(file) == [("a", "1")]
+    assert host.counts() == {"pending": 1, "exported": 1}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_takes_no_place_that_was_taken_meanwhile(file, monkeypatch, has_links):
+    def link(*_, **__):
+        raise PermissionError  # as on a stick
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    with NewFile(str(file)) as mine, NewFile(str(file)) as theirs:
+        mine.file.write(b"mine")
+        theirs.place()
+        with pytest.raises(UsageError, match="is there already"):
+            mine.place()
+        assert file.read_bytes() == b""
+        mine.place(replaces=True)
+
+    assert file.read_bytes() == b"mine"
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_file_that_is_being_marked_is_not_taken_for_one_that_was_cut_short(host, file):
+    """Two exports may replace what a dead one left: the second finds what the first one wrote."""
+    host.queue("a", 2)
+    host.run("export", str(file))
+    sql(host.path, "UPDATE export SET state = 'open', digest = NULL")
+    sql(host.path, "UPDATE record SET state = 'pending'")
+    with host_lock(host):
+        both = [host.start("export", "--limit", "1", str(file)) for _ in range(2)]
+        eventually(lambda: len(list(file.parent.glob(".*.part"))) == 2)
+
+    assert sorted(each.wait(30) for each in both) == [0, 2]
+    assert versions(file) == [("a", "1")]
+    assert host.counts() == {"pending": 1, "exported": 1}
+
+
+def test_a_file_of_a_clone_is_not_replaced(host, host_for, file):
+    """It has the same outbox in its header."""
+    clone = host_for()
+    host.queue("a")
+    host.close_outbox()
+    shutil.copy(host.path, clone.path)
+    clone.queue("b")
+    assert clone.run("export", str(file)).returncode == 0
+    content = file.read_bytes()
+
+    done = host.run("export", str(file))
+
+    assert done.returncode == 2
+    assert b"does not know" in done.stderr
+    assert (file.read_bytes(), host.counts()) == (content, {"pending": 1})
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "link", "device"])
@@ -406,6 +474,28 @@ def test_retry_says_that_the_far_side_may_send_it_too(host, file):
     assert host.counts() == {"pending": 1}
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (("retry", "1"), 0, b"sends it too"),
+        (("discard", "1", "--yes"), 0, b"sends it all the same"),
+        (("amend", "1", "--set", "version=2", "--yes"), 2, b"it is exported"),
+    ],
+)
+def test_what_a_dead_export_has_marked_is_exported_for_who_repairs(host, file, command, code, words):
+    """It was killed before it had turned the records themselves."""
+    host.queue("a", 2)
+    host.run("export", str(file))
+    sql(host.path, "UPDATE record SET state = 'pending'")
+    sql(host.path, "UPDATE export SET state = 'marking', waiting = 2, awaited = 0, marked_to = 0")
+    assert host.counts() == {"exported": 2}
+
+    done = host.run(*command)
+
+    assert done.returncode == code
+    assert words in done.stdout + done.stderr
+
+
 def test_a_held_product_is_not_delivered_until_it_is_let_go(host_for, serve, file):
     server = serve(lambda seen: accepted(f"evt-{seen.key}"))
     host = host_for(server.url)
@@ -505,6 +595,23 @@ def test_a_signal_ends_the_flush_and_not_the_spill(host_for, serve, file, number
     assert host.end(process, number) == 0
     assert [version for _, version in versions(file)] == ["2", "3"]
     assert host.counts() == {"delivered": 1, "exported": 2}
+
+
+def test_who_ends_a_job_signals_again_and_has_the_spill_all_the_same(host_for, serve, file):
+    """SIGINT, then SIGTERM while a request is under way, then more of them while the file is written."""
+    host = host_for(serve(lambda _: hanging()).url)
+    host.queue("a", 2000)
+    process = host.start("flush", "--timeout", "600", "--spill", str(file), VERSIONER_AGENT_TIMEOUT="2")
+    eventually(lambda: host.health().state != "unknown" or host.record(1)[2])
+    process.send_signal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(number)
+    eventually(lambda: list(file.parent.glob(".*.part")) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(30) == 0
+    assert len(versions(file)) == 2000
+    assert host.counts() == {"exported": 2000}
 
 
 def test_a_spill_that_fails_exits_1(host, file):

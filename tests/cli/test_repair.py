@@ -247,7 +247,9 @@ def test_status_says_that_it_has_not_counted_all(cli, outbox, monkeypatch):
 
 def test_retry_by_filter_says_what_it_would_do_and_does_it_with_yes(cli, outbox):
     failed(outbox)
-    failed(outbox, reason="damaged")
+    damaged = failed(outbox, reason="damaged")
+    with outbox.store.write() as connection:
+        connection.execute("UPDATE record SET payload = payload || ' ' WHERE id = ?", (damaged,))
     failed(outbox, product="other")
     before = cli("retry", "--product", "pay")
 

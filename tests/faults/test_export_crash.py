@@ -14,7 +14,7 @@ from crash import COMMAND, killed_at, needs_strace, points_of, traced
 from specimen import records_of
 
 pytestmark = needs_strace
-CALLS = ("pwrite64", "fdatasync", "fsync", "write", "rename", "renameat", "renameat2", "unlinkat")
+CALLS = ("pwrite64", "fdatasync", "fsync", "write", "linkat", "rename", "renameat", "renameat2", "unlinkat")
 EVENTS = 5
 
 
@@ -60,7 +60,7 @@ def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_pat
     points = points_of(command, CALLS, env=host.env)
     many = [point for point in points if point[0] in ("pwrite64", "write")]
     points = [point for point in points if point not in many] + many[:: int(os.environ.get("EVERY", "3"))]
-    assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "fsync", "renameat"}
+    assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "fsync", "linkat", "unlinkat"}
     found = collections.Counter()
     for call, number in points:
         restored(host, pristine)
@@ -104,7 +104,7 @@ def test_a_file_left_by_an_export_that_was_killed_before_marking_is_replaced(hos
 def test_the_file_is_synced_before_it_has_its_name_and_the_name_before_anything_is_marked(host_for, tmp_path):
     host = host_for()
     host.queue("a")
-    calls = ("openat", "fsync", "fdatasync", "renameat")
+    calls = ("openat", "fsync", "fdatasync", "linkat")
 
     done, seen = traced((*COMMAND, "export", str(tmp_path / "events.jsonl")), calls, env=host.env)
 
@@ -112,8 +112,6 @@ def test_the_file_is_synced_before_it_has_its_name_and_the_name_before_anything_
     directory = next(line.rpartition("= ")[2] for name, line in seen if f'"{tmp_path}"' in line and name == "openat")
     file = next(line.rpartition("= ")[2] for name, line in seen if '.part"' in line and name == "openat")
     steps = [line.split(" ")[0].rstrip(",") for name, line in seen if name != "openat"]
-    renamed = next(
-        at for at, (name, _) in enumerate([each for each in seen if each[0] != "openat"]) if name == "renameat"
-    )
-    assert steps[renamed - 1 : renamed + 2 : 2] == [f"fsync({file})", f"fsync({directory})"]
-    assert any(step.startswith("fdatasync") for step in steps[renamed + 2 :])
+    named = next(at for at, (name, _) in enumerate([each for each in seen if each[0] != "openat"]) if name == "linkat")
+    assert steps[named - 1 : named + 2 : 2] == [f"fsync({file})", f"fsync({directory})"]
+    assert any(step.startswith("fdatasync") for step in steps[named + 2 :])

@@ -435,6 +435,35 @@ def test_several_contents_in_one_call_from_stdin_too(origin, connected, host_for
     assert origin.run("import", "-", "-").returncode == 2
 
 
+def test_a_day_of_files_is_imported_at_once(origin, connected, tmp_path):
+    """More of them than a shell lets a process have open at first."""
+    origin.queue("a", 40)
+    for number in range(40):
+        exports.export(origin.path, tmp_path / f"{number:03}.jsonl", limit=1)
+    command = f"ulimit -Sn 32; exec {sys.executable} -m versioner_agent import {tmp_path}/*.jsonl"
+
+    done = subprocess.run(("sh", "-c", command), env=connected.env, capture_output=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert connected.counts() == {"pending": 40}
+
+
+def test_an_event_that_was_damaged_on_the_far_side_can_be_retried(origin, tmp_path):
+    """What is here is sound."""
+    origin.queue("a")
+    exported(origin, tmp_path / "events.jsonl")
+    (line,) = [json.loads(each) for each in (tmp_path / "events.jsonl").read_bytes().splitlines()[1:-1]]
+    verdict = exports.verdict(
+        1, "failed", origin=line["origin"], event_id=line["event_id"], reason="damaged", http_status=None
+    )
+    (tmp_path / "receipts.jsonl").write_bytes(exports.file_of([verdict], exports.head(content="receipts", sequence=0)))
+    imported(origin, tmp_path / "receipts.jsonl")
+
+    assert origin.counts() == {"failed": 1}
+    assert origin.run("retry", "1").returncode == 0
+    assert origin.counts() == {"pending": 1}
+
+
 def test_a_dry_run_checks_only(connected, tmp_path):
     (tmp_path / "good").write_bytes(exports.file_of([exports.event()]))
     (tmp_path / "bad").write_bytes(b"bad")

@@ -178,7 +178,6 @@ def test_nothing_is_done_while_one_of_them_would_be_invalid(outbox, assignment, 
         ("delivered", {}, "it is delivered"),
         ("discarded", {}, "it is discarded"),
         ("exported", {}, "the far side has it"),
-        ("failed", {"reason": "damaged"}, "damaged"),
         ("failed", {"version": "altered"}, "damaged"),
     ],
 )

@@ -12,8 +12,10 @@ import pytest
 from bench import DELIVERED
 from host import COMMAND
 
+import versioner_agent.outbox
 from versioner_agent import damage, events, exports, review
 from versioner_agent.config import load
+from versioner_agent.errors import OutboxBusy
 from versioner_agent.exporting import export, export_to, mark
 from versioner_agent.flusher import LOOK_S
 from versioner_agent.ledger import Ledger
@@ -132,6 +134,74 @@ def test_what_was_retried_or_queued_meanwhile_is_not_marked(outbox, ledger):
                      (4, "pending", None), (5, "pending", None)]  # fmt: skip
     assert first.id != second.id
     assert rows(ledger, "SELECT id, awaited FROM export") == [(first.id, 0), (second.id, 2)]
+
+
+def test_a_batch_that_is_published_meanwhile_goes_before_what_is_queued_after_it(outbox, ledger, monkeypatch):
+    """Whoever published it is slow to hand it over; neither the export nor what is queued then may overtake."""
+    queue(outbox, "a")
+    batch = exports.begin(ledger.store, None, time.time())
+    with monkeypatch.context() as patched:
+        patched.setattr(versioner_agent.outbox, "hand_over_all", lambda _: None)
+        queue(outbox, "a", 600, first=2)
+    queue(outbox, "a", first=602)
+
+    first = ledger.claim(batch, 0, 500, time.time())
+    assert exports.begin(ledger.store, None, time.time()) is None
+    while ledger.hand_over():
+        pass
+    batch, written = claimed(ledger, limit=1000)
+
+    assert [record.id for record, _ in first.records] == [1]
+    assert (written.records, written.last_id) == (602, 602)
+
+
+def test_an_export_ends_however_fast_others_queue(outbox, ledger, settings, tmp_path, monkeypatch):
+    queue(outbox, "a", 3)
+    claim = exports.claim
+
+    def beside_others(*args):
+        queue(outbox, "a", 3, first=1000 * len(rows(ledger, "SELECT 1 FROM record")))
+        return claim(*args)
+
+    monkeypatch.setattr(exports, "claim", beside_others)
+
+    assert export(settings, str(tmp_path / "1")).records == 3
+
+
+def test_what_counts_as_exported_is_not_said_to_be_unmarked(outbox, ledger, settings, tmp_path, monkeypatch):
+    """Other writers may keep us from turning it: the next one to choose does."""
+    queue(outbox, "a", 3)
+    hand_over = exports.hand_over
+
+    def busy(store, *args):
+        if states(ledger).get("exported"):
+            raise OutboxBusy("others write")
+        return hand_over(store, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exports, "hand_over", busy)
+        assert export(settings, str(tmp_path / "1")).records == 3
+
+    assert states(ledger) == {"exported": 3}
+    assert ledger.head("a") is None
+    assert rows(ledger, "SELECT DISTINCT state FROM record") == [("exported",)]
+
+
+def test_what_is_discarded_just_before_it_is_claimed_is_not_said_to_be_damaged(
+    outbox, ledger, settings, tmp_path, monkeypatch
+):
+    queue(outbox, "a")
+    begin = exports.begin
+
+    def slow(*args):
+        review.discard(ledger.store, [1], pending_too=True)
+        return begin(*args)
+
+    monkeypatch.setattr(exports, "begin", slow)
+
+    assert export(settings, str(tmp_path / "1")) is None
+    assert states(ledger) == {"discarded": 1}
+    assert rows(ledger, "SELECT id FROM export") == []
 
 
 def test_large_payloads_make_short_steps(outbox, ledger):
@@ -303,7 +373,12 @@ def test_an_export_gives_up_old_batches_where_there_is_no_agent(outbox, ledger, 
 
 @pytest.mark.parametrize(
     ("age_s", "digest", "is_swept"),
-    [(7200, None, True), (60, None, False), (7200, "d" * 64, False), (40 * 86_400, "d" * 64, True)],
+    [
+        (20 * 86_400, None, False),
+        (20 * 86_400, "d" * 64, False),
+        (40 * 86_400, None, True),
+        (40 * 86_400, "d" * 64, True),
+    ],
 )
 def test_a_batch_that_nobody_will_mark_is_swept(outbox, ledger, age_s, digest, is_swept):
     queue(outbox, "a")
@@ -421,6 +496,17 @@ def test_marking_by_digest_counts_in_short_reads(outbox, ledger, settings, monke
     found = mark(settings, done.sha256)
 
     assert (found.records, found.marked, states(ledger)) == (10, 9, {"exported": 9, "discarded": 1})
+
+
+def test_a_batch_that_somebody_else_marks_meanwhile_is_marked_once(outbox, ledger, settings, monkeypatch):
+    queue(outbox, "a", 3)
+    with open(os.devnull, "wb") as stream:
+        digest = export_to(settings, stream).sha256
+    found = exports.by_digest(ledger.store, digest)
+    assert mark(settings, digest).marked == 3
+    monkeypatch.setattr(exports, "by_digest", lambda *_: found)  # as it was before
+
+    assert mark(settings, digest) == (found[0].uid, 3, 0, True)
 
 
 def test_the_lines_are_those_of_the_format(outbox, settings, tmp_path):

@@ -51,7 +51,7 @@ def amend(
     versioner-agent amend 42 --set version=1.2.4
     versioner-agent amend --product my-service --version 1.2.3 --set scm_sha=abc123 --unset extra_metadata.note --yes
     """
-    from versioner_agent import amending  # noqa: PLC0415
+    from versioner_agent import amending, exports  # noqa: PLC0415
     from versioner_agent.cli._events import user  # noqa: PLC0415
     from versioner_agent.outbox import Outbox  # noqa: PLC0415
 
@@ -65,6 +65,7 @@ def amend(
     counts: dict[str, int] = {}
     do = amending.amend if yes else amending.planned
     with Outbox(settings.db, busy_timeout=settings.busy_timeout, queued_by=user()) as outbox:
+        exports.hand_over_all(outbox.store)
         for amendment in do(outbox, chosen, wanted, out_of_order=out_of_order):
             counts[amendment.outcome] = counts.get(amendment.outcome, 0) + 1
             _show(amendment, as_json=as_json)

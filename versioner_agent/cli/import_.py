@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,6 +41,7 @@ def import_files(files: tuple[str, ...], dry_run: bool, as_json: bool, **options
     if files.count(importfile.STDIN) > 1:
         raise UsageError("stdin (-) can be read once only")
     settings = load_settings(options)
+    _allow_many_files()
     refused = _Refused()
     with ExitStack() as stack:
         opened = []
@@ -64,6 +65,15 @@ def import_files(files: tuple[str, ...], dry_run: bool, as_json: bool, **options
         for result in importing.import_all(store, opened, listener):
             _show(result.file, result.done._asdict(), as_json=as_json)
     refused.count_the_rest()
+
+
+def _allow_many_files() -> None:
+    """Let all files be open at once, which they are: what is imported is what was checked."""
+    import resource  # noqa: PLC0415  # POSIX only
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # then it is said which file is one too many
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Refused:

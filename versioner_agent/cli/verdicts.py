@@ -99,10 +99,13 @@ def discard(ids: tuple[int, ...], yes: bool, as_json: bool, **options: Any) -> i
 
 
 def _store(options: dict[str, Any]) -> Store:
+    from versioner_agent import exports  # noqa: PLC0415
     from versioner_agent.storage import Store  # noqa: PLC0415
 
     settings = outbox_settings(options)
-    return Store(settings.db, settings.busy_timeout)
+    store = Store(settings.db, settings.busy_timeout)
+    exports.hand_over_all(store)
+    return store
 
 
 def _report(verdicts: Iterable[Verdict], *, as_json: bool) -> int:
