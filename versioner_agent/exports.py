@@ -296,15 +296,11 @@ def sweep(store: Store, now: float) -> None:
         connection.execute(SWEEP, times)
 
 
-def prune(store: Store, before: float, step: int) -> int:
-    """Remove *step* exported records of a batch made before *before*, whose fate is not known; returns how many."""
+def old(store: Store, before: float, most: int) -> list[tuple[int, int]]:
+    """Return ids and sizes of exported records of a batch made before *before*, whose fate is not known."""
     with store.read() as connection:
         row = connection.execute(FIND_OLD, (before,)).fetchone() if has_tables(store) else None
-        rows = connection.execute(EXPORTED_IDS, (-row[0], step)).fetchall() if row else []
-    if rows:
-        with store.write() as connection:
-            connection.executemany("DELETE FROM record WHERE id = ? AND state = 'exported'", rows)
-    return len(rows)
+        return connection.execute(EXPORTED_IDS, (-row[0], most)).fetchall() if row else []
 
 
 def _export(row: tuple[object, ...]) -> Export:
@@ -364,7 +360,8 @@ EXPORTED_OF = f"""
     WHERE state = 'exported' AND batch = ? AND id > ? ORDER BY id LIMIT ?
 """  # noqa: S608  # a constant
 EXPORTED_IDS = """
-    SELECT id FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = ? ORDER BY id LIMIT ?
+    SELECT id, length(payload) FROM record INDEXED BY record_exported
+    WHERE state = 'exported' AND batch = ? ORDER BY id LIMIT ?
 """
 UNANSWERED = f"{SELECT} INDEXED BY export_unanswered WHERE awaited + waiting > 0 ORDER BY id LIMIT ?"
 NEXT_HELD = """
@@ -377,7 +374,9 @@ HELD = """
 ANY_EXPORTED = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' LIMIT 1"
 FIND_OLD = """
     SELECT id FROM export INDEXED BY export_unanswered
-    WHERE awaited + waiting > 0 AND awaited > 0 AND state = 'marked' AND created_at < ? ORDER BY id LIMIT 1
+    WHERE awaited + waiting > 0 AND state = 'marked' AND created_at < ? AND EXISTS (
+        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
+    ) ORDER BY id LIMIT 1
 """
 _SWEPT = """
     FROM export WHERE (state = 'open' AND created_at < CASE WHEN digest IS NULL THEN :unfinished ELSE :open END)

@@ -26,7 +26,6 @@ from versioner_agent.text import bounded
 
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
 HELD_SEEKS = 20  # reads that looking for one key that is not held may take
-EXPORTED_STEP = 200  # records of a batch that one transaction removes
 BATCH_ABANDONED_S = 3600.0
 BRIEF_CHARS = 200  # of the API's words, on a full disk
 WORDY_BYTES = RESERVE_BYTES * 3 // 4  # free pages that are needed for words
@@ -286,7 +285,7 @@ class Ledger:
 
     def prune_exported(self, before: float) -> int:
         """Remove one step of exported records in batches made before *before*; returns how many."""
-        return self._step(lambda step: exports.prune(self.store, before, step), EXPORTED_STEP)
+        return self._pruner.prune_exported(before)
 
     def _step(self, act: Callable[[int], Done], step: int) -> Done:
         """Do *act* with so many records at once, on a full disk with one, for which its journal has room."""

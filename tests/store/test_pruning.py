@@ -143,40 +143,6 @@ def test_an_outbox_that_is_not_upgraded_yet_is_left_alone(tmp_path):
         assert Pruner(store).prune(NOW) == 0
 
 
-def test_batches_are_forgotten_when_nothing_of_them_is_out_any_more(outbox):
-    queue(outbox, 1)
-    change(outbox, "UPDATE record SET state = 'exported', batch = -1")
-    rows = {
-        1: ("marked", NOW - 31 * DAY),  # of which a record is still out
-        2: ("marked", NOW - 31 * DAY),
-        3: ("marked", NOW - 29 * DAY),
-        4: ("open", NOW - 31 * DAY),  # somebody may still say that it arrived
-        5: ("open", NOW - 500 * DAY),
-        6: ("marking", NOW - 500 * DAY),
-        7: ("marked", NOW - 500 * DAY),  # the newest: what is written next names it
-    }
-    for number, (state, at) in rows.items():
-        statement = "INSERT INTO export (id, uid, created_at, state) VALUES (?, ?, ?, ?)"
-        change(outbox, statement, number, str(number), at, state)
-
-    assert Pruner(outbox.store).prune(NOW - 30 * DAY) == 0
-    assert {row[0] for row in ask(outbox, "SELECT id FROM export")} == {1, 3, 4, 6, 7}
-
-
-def test_many_batches_are_looked_at_in_turns(outbox, monkeypatch):
-    monkeypatch.setattr(pruning, "EXPORTS_A_LOOK", 2)
-    queue(outbox, 1)
-    for number in range(1, 6):
-        at = NOW if number < 4 else NOW - DAY
-        statement = "INSERT INTO export (id, uid, created_at, state) VALUES (?, ?, ?, 'marked')"
-        change(outbox, statement, number, str(number), at)
-    pruner = Pruner(outbox.store)
-    for _ in range(3):
-        pruner.prune(NOW)
-
-    assert {row[0] for row in ask(outbox, "SELECT id FROM export")} == {1, 2, 3, 5}
-
-
 def test_imported_batches_stay_known(outbox):
     """A file that turns up after years must add nothing."""
     queue(outbox, 1)
