@@ -125,6 +125,7 @@ def _remove_exported(connection: sqlite3.Connection, record_id: int) -> int:
     """Remove an exported record, unless somebody retried or discarded it meanwhile."""
     return connection.execute(PRUNE_EXPORTED, (record_id,)).rowcount
 
+
 FIND_OLD = """
     SELECT id, length(payload) FROM record INDEXED BY record_prunable
     WHERE settled_at < ? AND state IN ('delivered', 'discarded') AND origin IS NULL ORDER BY settled_at LIMIT ?
