@@ -174,7 +174,7 @@ def count_claimed(store: Store, export: Export) -> int:
     while True:
         with store.read() as connection:
             seen = _window(connection, export, after, LOOKED_AT)
-        count += sum(batch == -export.id for _, batch, _ in seen)
+        count += sum(int(batch == -export.id) for _, batch, _ in seen)
         if len(seen) < LOOKED_AT:
             return count
         after = int(seen[-1][0])
