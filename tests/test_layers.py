@@ -50,7 +50,7 @@ ALLOWED = {
     "importlines": {"bodies", "errors", "events", "exportfile", "values"},
     "importfile": {"bodies", "errors", "exportfile", "files", "importlines", "values"},
     "birthplace": {"hostid", "schema", "storage"},
-    "pruning": {"errors", "files", "reserve", "schema", "storage"},
+    "pruning": {"errors", "exports", "files", "reserve", "schema", "storage"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},

@@ -122,9 +122,7 @@ def held(store: Store, name: str) -> Iterator[None]:
 WINDOW = "SELECT seq FROM failure WHERE seq > ? ORDER BY seq LIMIT ?"
 FAILURES = f"""
     SELECT seq, {", ".join(f"record.{name}" for name in Record._fields)} FROM failure CROSS JOIN record
-    WHERE seq > ? AND seq <= ? AND record.id = failure.record_id AND record.state = 'failed' AND NOT EXISTS (
-        SELECT 1 FROM failure AS later WHERE later.record_id = failure.record_id AND later.seq > failure.seq
-    ) ORDER BY seq
+    WHERE seq > ? AND seq <= ? AND record.id = failure.record_id AND record.state = 'failed' ORDER BY seq
 """  # noqa: S608  # a constant
 MOVE = """
     INSERT INTO cursor (name, seq, used_at) VALUES (?, ?, ?)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from versioner_agent.batches import CHUNK_BYTES, FIND_PUBLISHED
@@ -112,7 +113,8 @@ def claim(store: Store, export: Export, after: int, step: int, now: float) -> Cl
     query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
     named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": step}
     with store.write() as connection:
-        rows = _fitting(connection.execute(query, named))
+        with closing(connection.execute(query, named)) as cursor:
+            rows = _fitting(cursor)
         claimed = connection.executemany(CLAIM, [(-export.id, row[0]) for row in rows]).rowcount
         if rows and claimed != len(rows):
             raise store.suspected("the index of pending records names others")
@@ -135,16 +137,15 @@ def _condemn(store: Store, export: Export, record: Record, now: float) -> None:
             raise store.suspected(f"the damaged record {record.id} can't be marked as such")
 
 
-def _fitting(cursor: sqlite3.Cursor) -> list[tuple[Any, ...]]:
-    """Fetch as many rows, which end in a payload, as one step takes: large ones are written slowly."""
+def _fitting(found: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Take as many rows, which end in a payload or its size, as one step takes: large ones are written slowly."""
     rows: list[tuple[Any, ...]] = []
     size = 0
-    for row in cursor:
-        size += len(row[-1]) if isinstance(row[-1], bytes) else 0
+    for row in found:
+        size += row[-1] if isinstance(row[-1], int) else len(row[-1]) if isinstance(row[-1], bytes) else 0
         if rows and size > CHUNK_BYTES:
             break
         rows.append(row)
-    cursor.close()
     return rows
 
 
@@ -180,10 +181,10 @@ def count_claimed(store: Store, export: Export) -> int:
     while True:
         with store.read() as connection:
             seen = _window(connection, export, after, LOOKED_AT)
-        count += sum(batch == -export.id for _, batch in seen)
+        count += sum(int(batch == -export.id) for _, batch, _ in seen)
         if len(seen) < LOOKED_AT:
             return count
-        after = seen[-1][0]
+        after = int(seen[-1][0])
 
 
 def hand_over(store: Store, step: int = STEP) -> bool:
@@ -196,11 +197,12 @@ def hand_over(store: Store, step: int = STEP) -> bool:
         if row is None:
             return True
         export = _export(row)
-        seen = _window(connection, export, max(export.marked_to, (export.first_id or 0) - 1), step)
-        turned = [(record_id,) for record_id, batch in seen if batch == -export.id]
+        found = _window(connection, export, max(export.marked_to, (export.first_id or 0) - 1), step)
+        seen = _fitting(found)
+        turned = [(record_id,) for record_id, batch, _ in seen if batch == -export.id]
         connection.executemany(TURN, turned)
         named = {"id": export.id, "turned": len(turned), "marked_to": seen[-1][0] if seen else 0}
-        connection.execute(GO_ON if len(seen) == step else END, named)
+        connection.execute(GO_ON if len(seen) == step or len(seen) < len(found) else END, named)
     return True
 
 
@@ -210,9 +212,9 @@ def hand_over_all(store: Store) -> None:
         pass
 
 
-def _window(connection: sqlite3.Connection, export: Export, after: int, limit: int) -> list[tuple[int, int | None]]:
-    """Return id and batch of pending records among which those of *export* are."""
-    query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format("id, batch")
+def _window(connection: sqlite3.Connection, export: Export, after: int, limit: int) -> list[tuple[Any, ...]]:
+    """Return id, batch and size of pending records among which those of *export* are."""
+    query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format("id, batch, length(payload)")
     named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": limit}
     return connection.execute(query, named).fetchall()
 
@@ -221,8 +223,8 @@ def exported(store: Store, export: Export) -> Iterator[list[tuple[Record, bytes]
     """Yield pages of those records of *export* that have no verdict, in their order; nothing is locked between."""
     after = 0
     while True:
-        with store.read() as connection:
-            rows = _fitting(connection.execute(EXPORTED_OF, (-export.id, after, STEP)))
+        with store.read() as connection, closing(connection.execute(EXPORTED_OF, (-export.id, after, STEP))) as cursor:
+            rows = _fitting(cursor)
         if not rows:
             return
         after = rows[-1][0]
@@ -309,15 +311,11 @@ def sweep(store: Store, now: float) -> None:
         connection.execute(SWEEP, times)
 
 
-def prune(store: Store, before: float, step: int) -> int:
-    """Remove *step* exported records of a batch made before *before*, whose fate is not known; returns how many."""
+def old(store: Store, before: float, most: int) -> list[tuple[int, int]]:
+    """Return ids and sizes of exported records of a batch made before *before*, whose fate is not known."""
     with store.read() as connection:
         row = connection.execute(FIND_OLD, (before,)).fetchone() if has_tables(store) else None
-        rows = connection.execute(EXPORTED_IDS, (-row[0], step)).fetchall() if row else []
-    if rows:
-        with store.write() as connection:
-            connection.executemany("DELETE FROM record WHERE id = ? AND state = 'exported'", rows)
-    return len(rows)
+        return connection.execute(EXPORTED_IDS, (-row[0], most)).fetchall() if row else []
 
 
 def _export(row: tuple[object, ...]) -> Export:
@@ -378,7 +376,8 @@ EXPORTED_OF = f"""
     WHERE state = 'exported' AND batch = ? AND id > ? ORDER BY id LIMIT ?
 """  # noqa: S608  # a constant
 EXPORTED_IDS = """
-    SELECT id FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = ? ORDER BY id LIMIT ?
+    SELECT id, length(payload) FROM record INDEXED BY record_exported
+    WHERE state = 'exported' AND batch = ? ORDER BY id LIMIT ?
 """
 UNANSWERED = f"{SELECT} INDEXED BY export_unanswered WHERE awaited + waiting > 0 ORDER BY id LIMIT ?"
 NEXT_HELD = """
@@ -389,7 +388,9 @@ HELD = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exp
 ANY_EXPORTED = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' LIMIT 1"
 FIND_OLD = """
     SELECT id FROM export INDEXED BY export_unanswered
-    WHERE awaited + waiting > 0 AND awaited > 0 AND state = 'marked' AND created_at < ? ORDER BY id LIMIT 1
+    WHERE awaited + waiting > 0 AND state = 'marked' AND created_at < ? AND EXISTS (
+        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
+    ) ORDER BY id LIMIT 1
 """
 _SWEPT = """
     FROM export WHERE (state = 'open' AND created_at < :open)

@@ -7,7 +7,7 @@ index in short reads, so that a million failures are only a matter of time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from versioner_agent.cursors import old_schema
@@ -64,12 +64,12 @@ def groups(store: Store, wanted: Filter) -> Iterator[Group]:
     for rows in _pages(store, wanted):
         for row in rows:
             key, record_id = _key(row), row[3]
-            if tallies and next(iter(tallies))[:3] != key[:3]:
-                yield from _completed(store, tallies)
+            if tallies and next(iter(tallies))[:2] != key[:2]:
+                yield from _completed(store, sorted(tallies.items()))
                 tallies = {}
             if _is_meant(wanted, row):
                 _count(tallies, key, record_id)
-    yield from _completed(store, tallies)
+    yield from _completed(store, sorted(tallies.items()))
 
 
 def summary(store: Store, most_groups: int) -> Summary:
@@ -86,7 +86,7 @@ def summary(store: Store, most_groups: int) -> Summary:
         if looked_at >= MOST_ROWS:
             break
     largest = sorted(tallies.items(), key=lambda item: -item[1].total)
-    shown = _completed(store, dict(largest[:most_groups]))
+    shown = _completed(store, largest[:most_groups])
     return Summary(list(shown), max(0, len(largest) - most_groups), is_cut=looked_at >= MOST_ROWS)
 
 
@@ -97,21 +97,22 @@ def _count(tallies: dict[_Key, _Tally], key: _Key, record_id: int) -> None:
 
 def _pages(store: Store, wanted: Filter) -> Iterator[list[tuple[Any, ...]]]:
     """Yield product, version, reason, id, late and time of queuing of failed records, in the order of the index."""
-    after = {"p": wanted.product or "", "v": "", "r": "", "i": 0}
+    after = {"p": wanted.product or "", "v": "", "i": 0}
     if wanted.product is not None and wanted.version is not None:
         after["v"] = wanted.version
     while True:
         with store.read() as connection:
             if store.version < EXPORTS_SINCE:
                 raise old_schema()
-            rows = connection.execute(WALK, after | {"page": PAGE}).fetchall()
+            rows = connection.execute(WALK_VERSION, after | {"page": PAGE}).fetchall()
+            rows += connection.execute(WALK, after | {"page": PAGE - len(rows)}).fetchall()
         if not rows:
             return
         yield rows
-        product, version, reason, last = rows[-1][:4]
+        product, version, last = rows[-1][0], rows[-1][1], rows[-1][3]
         if wanted.product is not None and product != wanted.product:
             return
-        after = {"p": product, "v": version, "r": reason or "", "i": last}
+        after = {"p": product, "v": version, "i": last}
 
 
 def _key(row: tuple[Any, ...]) -> _Key:
@@ -129,9 +130,9 @@ def _is_meant(wanted: Filter, row: tuple[Any, ...]) -> bool:
     )
 
 
-def _completed(store: Store, tallies: dict[_Key, _Tally]) -> Iterator[Group]:
+def _completed(store: Store, tallies: Iterable[tuple[_Key, _Tally]]) -> Iterator[Group]:
     """Yield groups with what their first events say of who and where."""
-    for key, tally in tallies.items():
+    for key, tally in tallies:
         with store.read() as connection:
             row = connection.execute(FIRST, (tally.first_id, MOST_PAYLOAD)).fetchone()
         queued_by, payload = row or ("", b"")
@@ -157,9 +158,11 @@ def _first_text(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return next((fields[name] for name in names if isinstance(fields.get(name), str)), None)
 
 
-WALK = """
+_WALK = """
     SELECT product_name, version, reason, id, late, queued_at FROM record INDEXED BY record_refused
-    WHERE state = 'failed' AND (product_name, version, reason, id) > (:p, :v, :r, :i)
-    ORDER BY product_name, version, reason, id LIMIT :page
+    WHERE state = 'failed' AND {behind} ORDER BY product_name, version, id LIMIT :page
 """
+# Two, for SQLite does not seek to the id in a row value: a million failures of one version were read from its first.
+WALK_VERSION = _WALK.format(behind="product_name = :p AND version = :v AND id > :i")
+WALK = _WALK.format(behind="(product_name, version) > (:p, :v)")
 FIRST = "SELECT queued_by, payload FROM record WHERE id = ? AND length(payload) <= ?"

@@ -26,9 +26,9 @@ from versioner_agent.text import bounded
 
 SEEK_STEPS = 500  # keys one read may pass over: about 5 ms
 HELD_SEEKS = 20  # reads that looking for one key that is not held may take
-EXPORTED_STEP = 200  # records of a batch that one transaction removes
 BATCH_ABANDONED_S = 3600.0
 BRIEF_CHARS = 200  # of the API's words, on a full disk
+WORDY_BYTES = RESERVE_BYTES * 3 // 4  # free pages that are needed for words
 
 
 Done = TypeVar("Done")
@@ -290,7 +290,7 @@ class Ledger:
 
     def prune_exported(self, before: float) -> int:
         """Remove one step of exported records in batches made before *before*; returns how many."""
-        return self._step(lambda step: exports.prune(self.store, before, step), EXPORTED_STEP)
+        return self._pruner.prune_exported(before)
 
     def _step(self, act: Callable[[int], Done], step: int) -> Done:
         """Do *act* with so many records at once, on a full disk with one, for which its journal has room."""
@@ -316,8 +316,8 @@ class Ledger:
             _write_destination(connection, settlements, health, here)
 
     def _settle_briefly(self, settlement: Settlement, health: Health, here: Destination) -> bool:
-        # Words make pages split; half of the reserve is for the bare decisions of the rest.
-        words = BRIEF_CHARS if self.store.free_pages() > RESERVE_BYTES // 2 else 0
+        # Words make pages split; most of the reserve is for the bare decisions of the rest.
+        words = BRIEF_CHARS if self.store.free_pages() > WORDY_BYTES else 0
         reason = health.reason and bounded(health.reason, BRIEF_CHARS)
         try:
             with self.store.write() as connection:

@@ -18,6 +18,8 @@ from versioner_agent.storage import Store
 
 #: Room that the migration itself may take beside the copy (bytes).
 MARGIN_BYTES = 4 * 1024 * 1024
+#: Pages that are copied from one sign of life to the next.
+COPIED_AT_ONCE = 4096
 COPYING_SUFFIX = ".copying"
 
 
@@ -35,7 +37,7 @@ def migrate(store: Store) -> str | None:
                 raise store.unknown_version(version)
             kept = f"{store.path}.schema-{version}"
             _keep_copy(store, connection, kept)
-            _upgrade(connection, version)
+            _upgrade(store, connection, version)
         store.disconnect()
     return kept
 
@@ -47,12 +49,19 @@ def is_due(store: Store) -> bool:
     return store.version != schema.VERSION
 
 
-def _upgrade(connection: sqlite3.Connection, version: int) -> None:
+def _get_on(store: Store) -> None:
+    """Let those who wait to queue see that we get on, or they would give up."""
+    with contextlib.suppress(OSError):
+        os.utime(store.path, follow_symlinks=False)
+
+
+def _upgrade(store: Store, connection: sqlite3.Connection, version: int) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         for step in schema.STEPS[version - 1 :]:
             for statement in step:
                 connection.execute(statement)
+                _get_on(store)
         connection.execute(f"PRAGMA user_version = {schema.VERSION}")
         connection.execute("COMMIT")
     except BaseException:
@@ -76,7 +85,7 @@ def _keep_copy(store: Store, connection: sqlite3.Connection, kept: str) -> None:
     fd = create_beside(side)
     try:
         with contextlib.closing(sqlite3.connect(side, isolation_level=None)) as copy:
-            connection.backup(copy)
+            connection.backup(copy, pages=COPIED_AT_ONCE, progress=lambda *_: _get_on(store))
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -1,9 +1,9 @@
 """Forgetting what is old and giving its space back, in steps that nobody who queues has to wait for.
 
 What goes: delivered and discarded records that were settled before a given time; of those that were imported, the ones
-whose verdict was told before it. What waits, failed, is exported or is still to be told stays, however old. Batches
-that were imported stay known for good: a file that turns up again must add nothing. Used only by whoever holds the
-flusher lock.
+whose verdict was told before it; where that is set, exported ones without a verdict (see `exports.old`). What waits,
+failed or is still to be told stays, however old. Batches that were imported stay known for good: a file that turns up
+again must add nothing. Used only by whoever holds the flusher lock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 
+from versioner_agent import exports
 from versioner_agent.errors import OutboxFull
 from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.reserve import give_up
@@ -29,6 +30,8 @@ MOST_STEP = 1000
 STEP_BYTES = 1024 * 1024
 #: Free space inside the file that is kept, for new events can use it on a full disk.
 KEPT_FREE_BYTES = 8 * RESERVE_BYTES
+#: Removes one record inside a transaction; returns how many that were.
+_Remove = Callable[[sqlite3.Connection, int], int]
 
 
 def next_step(done: int, taken_s: float) -> int:
@@ -52,14 +55,11 @@ class Pruner:
 
     def prune(self, before: float) -> int:
         """Remove one step of what was settled, or told, before *before* (seconds since 1970); returns how many."""
-        rows = self._old(before)
-        if not rows:
-            return 0
-        try:
-            return self._remove(rows)
-        except OutboxFull:  # its journal has room for one
-            give_up(self._store)
-            return self._remove(rows[:1])
+        return self._step(self._old(before), self._remove_one)
+
+    def prune_exported(self, before: float) -> int:
+        """Remove one step of what was exported in batches made before *before* and has no verdict; returns how many."""
+        return self._step(exports.old(self._store, before, self._records), _remove_exported)
 
     def give_space_back(self) -> bool:
         """Return one step of free pages to the file system, but for KEPT_FREE_BYTES; False when there are no more.
@@ -86,9 +86,19 @@ class Pruner:
             rows = connection.execute(FIND_OLD, (before, self._records)).fetchall()
             return rows or connection.execute(FIND_TOLD, (before, self._records)).fetchall()
 
-    def _remove(self, rows: list[tuple[int, int]]) -> int:
+    def _step(self, rows: list[tuple[int, int]], remove_one: _Remove) -> int:
+        """Remove some of *rows*, ids and sizes of records; returns how many."""
+        if not rows:
+            return 0
+        try:
+            return self._remove(rows, remove_one)
+        except OutboxFull:  # its journal has room for one
+            give_up(self._store)
+            return self._remove(rows[:1], remove_one)
+
+    def _remove(self, rows: list[tuple[int, int]], remove_one: _Remove) -> int:
         """Remove as many of *rows* as one transaction has time and room for, at least one; returns how many."""
-        done = size = 0
+        done = size = removed = 0
         with self._store.write() as connection:
             started = self._clock()
             connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
@@ -96,18 +106,24 @@ class Pruner:
                 size += length
                 if done and (size > STEP_BYTES or self._clock() - started > WORK_S):
                     break
-                self._remove_one(connection, record_id)
+                removed += remove_one(connection, record_id)
                 done += 1
         taken_s = self._clock() - started
         if done == self._records or taken_s > WORK_S:
             self._records = next_step(done, taken_s)
-        return done
+        return removed
 
-    def _remove_one(self, connection: sqlite3.Connection, record_id: int) -> None:
+    def _remove_one(self, connection: sqlite3.Connection, record_id: int) -> int:
         """Remove a record, looking at its state again; one that was told and is not over is to be told again."""
         is_found = connection.execute(PRUNE, (record_id,)).rowcount or connection.execute(UNTELL, (record_id,)).rowcount
         if not is_found:  # and would be looked at for ever
             raise self._store.suspected(f"the index of old records is wrong about record {record_id}")
+        return is_found
+
+
+def _remove_exported(connection: sqlite3.Connection, record_id: int) -> int:
+    """Remove an exported record, unless somebody retried or discarded it meanwhile."""
+    return connection.execute(PRUNE_EXPORTED, (record_id,)).rowcount
 
 
 FIND_OLD = """
@@ -120,3 +136,4 @@ FIND_TOLD = """
 """
 PRUNE = "DELETE FROM record WHERE id = ? AND state IN ('delivered', 'discarded')"
 UNTELL = "DELETE FROM told WHERE record_id = ?"
+PRUNE_EXPORTED = "DELETE FROM record WHERE id = ? AND state = 'exported'"

@@ -219,7 +219,8 @@ MARK_TOLD = """
 """
 FIND_AWAITING = f"""
     SELECT {COLUMNS}, length(payload) FROM record INDEXED BY record_awaiting
-    WHERE event_id = ? AND state IN ('exported', 'failed') AND origin IS ? LIMIT 1
+    WHERE event_id = ? AND state IN ('exported', 'failed') AND origin IS ?
+        AND (batch < 0 OR retries > 0) LIMIT 1
 """  # noqa: S608
 FIND_IMPORTED = "SELECT 1 FROM record INDEXED BY record_origin WHERE origin = ? AND event_id = ?"
 APPLY = """

@@ -79,7 +79,7 @@ def stats(store: Store) -> Stats:
             raise store.suspected("the counts of records by state are not readable")
         published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
         oldest = connection.execute(OLDEST_PENDING).fetchone()
-        failure = connection.execute(LAST_FAILURE.format(_by_time(store))).fetchone()
+        failure = connection.execute(LAST_FAILURE.format(_latest(store)), (1,)).fetchone()
         held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
         row = store.only(connection.execute(DESTINATION_ROW))
         damage = noted(connection)
@@ -152,15 +152,15 @@ def first_pending(store: Store, product: str) -> Record | None:
 
 
 def failed_since(store: Store, then: float) -> list[Record]:
-    """Return records that failed since *then* (seconds since 1970), at most a page of them."""
+    """Return records that failed since *then* (seconds since 1970), of the latest page of them."""
     with store.read() as connection:
-        rows = connection.execute(FAILED_SINCE.format(_by_time(store)), (then, PAGE)).fetchall()
+        rows = connection.execute(FAILED_SINCE.format(_latest(store)), (PAGE, then)).fetchall()
     return [as_record(row) for row in rows]
 
 
-def _by_time(store: Store) -> str:
-    """Name the index of failures by time, where the outbox has it by now."""
-    return "INDEXED BY record_failed_at" if store.version >= EXPORTS_SINCE else ""
+def _latest(store: Store) -> str:
+    """Return the query for the ids of the latest failures: by their order, where the outbox has it by now."""
+    return LATEST if store.version >= EXPORTS_SINCE else LATEST_BY_TIME
 
 
 def retry(store: Store, ids: list[int], *, out_of_order: bool = False) -> list[Verdict]:
@@ -275,11 +275,9 @@ EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
 EXPORTED_STILL = "whoever imports the file it was exported to sends it all the same"
 COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
-LAST_FAILURE = f"""
-    SELECT {COLUMNS} FROM record WHERE id = (
-        SELECT id FROM record {{}} WHERE state = 'failed' ORDER BY settled_at DESC LIMIT 1
-    )
-"""  # noqa: S608  # a constant
+LATEST = "SELECT record_id FROM failure ORDER BY seq DESC LIMIT ?"
+LATEST_BY_TIME = "SELECT id FROM record WHERE state = 'failed' ORDER BY settled_at DESC LIMIT ?"
+LAST_FAILURE = f"SELECT {COLUMNS} FROM record WHERE id = ({{}}) AND state = 'failed'"  # noqa: S608  # a constant
 HELD = """
     SELECT product_name, min(id), held_since, reason FROM record INDEXED BY record_held
     WHERE held_since IS NOT NULL GROUP BY product_name LIMIT ?
@@ -300,7 +298,7 @@ FIRST_PENDING = f"""
     WHERE state = 'pending' AND product_name = ? ORDER BY id LIMIT 1
 """  # noqa: S608
 FAILED_SINCE = f"""
-    SELECT {COLUMNS} FROM record {{}} WHERE settled_at >= ? AND state = 'failed' ORDER BY settled_at LIMIT ?
+    SELECT {COLUMNS} FROM record WHERE id IN ({{}}) AND settled_at >= ? AND state = 'failed' ORDER BY settled_at
 """  # noqa: S608
 QUEUED_AGAIN = f"""
     SELECT id FROM record WHERE identity = ? AND id > ? AND state IN ({placeholders(list(LIVE_STATES))}) LIMIT 1

@@ -209,7 +209,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE told (record_id INTEGER PRIMARY KEY, at REAL NOT NULL)",
         "CREATE INDEX told_at ON told (at)",
         "CREATE TRIGGER told_delete AFTER DELETE ON record BEGIN DELETE FROM told WHERE record_id = OLD.id; END",
-        # Failures in the order in which they were settled, whatever the clock said; a cursor has seen those up to seq.
+        # What has failed, in the order in which it did, whatever the clock said; a cursor has seen those up to seq.
         "CREATE TABLE failure (seq INTEGER PRIMARY KEY AUTOINCREMENT, record_id INTEGER NOT NULL)",
         "CREATE INDEX failure_record ON failure (record_id)",
         "CREATE TABLE cursor (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, used_at REAL NOT NULL) WITHOUT ROWID",
@@ -225,10 +225,24 @@ STEPS: tuple[tuple[str, ...], ...] = (
             INSERT INTO failure (record_id) VALUES (NEW.id);
         END
         """,
-        "CREATE TRIGGER failure_delete AFTER DELETE ON record BEGIN DELETE FROM failure WHERE record_id = OLD.id; END",
+        """
+        CREATE TRIGGER failure_leaves AFTER UPDATE OF state ON record
+        WHEN OLD.state = 'failed' AND NEW.state <> 'failed' BEGIN
+            DELETE FROM failure WHERE record_id = OLD.id;
+        END
+        """,
+        """
+        CREATE TRIGGER failure_delete AFTER DELETE ON record WHEN OLD.state = 'failed' BEGIN
+            DELETE FROM failure WHERE record_id = OLD.id;
+        END
+        """,
         "CREATE INDEX record_exported ON record (batch, id) WHERE state = 'exported'",
         "CREATE INDEX record_held_by_export ON record (product_name, id) WHERE state = 'exported'",
-        "CREATE INDEX record_awaiting ON record (event_id) WHERE state IN ('exported', 'failed')",
+        # Only of those that a file may have: on a full disk a refusal must take hardly more than it gives back.
+        """
+        CREATE INDEX record_awaiting ON record (event_id)
+        WHERE state IN ('exported', 'failed') AND (batch < 0 OR retries > 0)
+        """,
         "CREATE INDEX record_imported ON record (state, id) WHERE origin IS NOT NULL",
         "CREATE INDEX record_amends ON record (amends) WHERE amends IS NOT NULL",
         "DROP INDEX record_settled",
@@ -236,9 +250,8 @@ STEPS: tuple[tuple[str, ...], ...] = (
         CREATE INDEX record_prunable ON record (settled_at)
         WHERE state IN ('delivered', 'discarded') AND origin IS NULL
         """,
-        "CREATE INDEX record_failed_at ON record (settled_at) WHERE state = 'failed'",
         "DROP INDEX record_refused",
-        "CREATE INDEX record_refused ON record (product_name, version, reason, id) WHERE state = 'failed'",
+        "CREATE INDEX record_refused ON record (product_name, version) WHERE state = 'failed'",
         # Failed records by reason, kept as `tally` is: a million of them can't be counted while a commit waits.
         "CREATE TABLE failed_tally (reason TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
         f"""

@@ -340,6 +340,22 @@ def test_a_verdict_changes_nothing_but_what_waits_for_it(origin, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_delivery_overrules_the_refusal_of_what_was_retried(origin, tmp_path):
+    """The far side delivered it, so the API refused our own as one that it has."""
+    origin.queue("payments")
+    exports.export(origin.path, tmp_path / "file")
+    origin.run("retry", "1")
+    exports.sql(origin.path, "UPDATE record SET state = 'failed', reason = 'conflict' WHERE id = 1")
+    ours, event_id = exports.uid_of(origin.path), records_in(origin.path)[0][0].event_id
+    line = exports.verdict(state="delivered", origin=ours, event_id=event_id)
+    head = exports.head(content="receipts", sequence=0, batch="e" * 32, outbox="f" * 32)
+    (tmp_path / "receipts").write_bytes(exports.file_of([line], head))
+
+    (done,) = imported(origin, tmp_path / "receipts")
+
+    assert (done["delivered"], origin.counts()) == (1, {"delivered": 1})
+
+
 def test_verdicts_about_other_outboxes_are_refused(origin, connected, tmp_path):
     origin.queue("payments")
     data = exports.file_of([exports.verdict()], exports.head(content="receipts", sequence=0))

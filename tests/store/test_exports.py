@@ -14,6 +14,7 @@ from host import COMMAND
 
 import versioner_agent.outbox
 from versioner_agent import damage, events, exports, review
+from versioner_agent.batches import CHUNK_BYTES
 from versioner_agent.config import load
 from versioner_agent.errors import OutboxBusy
 from versioner_agent.exporting import export, export_to, mark
@@ -324,6 +325,34 @@ def test_a_resting_flusher_settles_and_sends_nothing_new(bench):
 
 
 # --- giving up, sweeping, salvage
+
+
+def test_large_records_are_turned_and_given_up_in_small_transactions(outbox, ledger):
+    """A row is written, or wiped, as a whole: the journal tells how much at once, and keeps its size."""
+    notes = {"extra_metadata": {"notes": "n" * 90_000}}
+    for number in range(60):
+        outbox.enqueue("build", {**BUILD, **notes, "product_name": "a", "version": str(number)})
+    batch, written = claimed(ledger)
+    ledger.mark(batch, written, written.records, None)
+    while ledger.prune_exported(time.time() + 1):
+        pass
+
+    assert rows(ledger, "SELECT count(*), (SELECT awaited FROM export) FROM record") == [(0, 0)]
+    assert os.path.getsize(outbox.store.path + "-journal") < 3 * CHUNK_BYTES
+
+
+def test_a_count_that_is_wrong_keeps_no_later_batch(outbox, ledger):
+    queue(outbox, "a")
+    gone = marked(ledger)
+    ledger.hand_over()
+    assert ledger.prune_exported(time.time() + 1) == 1
+    with ledger.store.write() as connection:
+        connection.execute("UPDATE export SET awaited = 5 WHERE id = ?", (gone.id,))
+    queue(outbox, "a")
+    marked(ledger)
+    ledger.hand_over()
+
+    assert ledger.prune_exported(time.time() + 1) == 1
 
 
 @pytest.mark.parametrize(("days", "left"), [(0.0, {"exported": 3}), (1.0, {})])

@@ -105,3 +105,30 @@ def test_an_author_who_is_no_text_is_nobody(outbox):
         connection.execute("UPDATE record SET payload = ?", (json.dumps({"built_by": ["x"]}).encode(),))
 
     assert grouped(outbox)[0].first_by.startswith("uid ")
+
+
+@pytest.mark.parametrize(
+    ("query", "plan"),
+    [
+        (groups.WALK_VERSION, "(product_name=? AND version=? AND rowid>?)"),
+        (groups.WALK, "((product_name,version)>(?,?))"),
+    ],
+)
+def test_the_next_page_of_a_million_failures_is_sought(outbox, query, plan):
+    queue(outbox, "1")
+    with outbox.store.read() as connection:
+        found = connection.execute(f"EXPLAIN QUERY PLAN {query}", {"p": "a", "v": "1", "i": 0, "page": 1}).fetchall()
+
+    assert [row[3] for row in found] == [f"SEARCH record USING INDEX record_refused {plan}"]
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 500])
+def test_pages_end_anywhere(outbox, monkeypatch, page):
+    monkeypatch.setattr(groups, "PAGE", page)
+    ids = queue(outbox, *"1213123")
+    fail(outbox, *ids[:4])
+    fail(outbox, *ids[4:], reason=None)
+
+    assert [(each.version, each.reason, each.total) for each in grouped(outbox)] == [
+        ("1", "", 1), ("1", "conflict", 2), ("2", "", 1), ("2", "conflict", 1), ("3", "", 1), ("3", "conflict", 1),
+    ]  # fmt: skip

@@ -271,6 +271,20 @@ def test_a_migration_killed_anywhere_has_happened_or_not(path_of_1):
     assert set(versions) == {1, 3}
 
 
+def test_who_waits_to_queue_sees_it_get_on(path_of_1, monkeypatch):
+    """By the file's times, or waiting writers would give up while a large outbox is copied and its indexes are made."""
+    monkeypatch.setattr(migration, "COPIED_AT_ONCE", 10)
+    seen = []
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", lambda *args, **how: (seen.append(args), utime(*args, **how)))
+
+    migrated(path_of_1)
+
+    steps = os.path.getsize(f"{path_of_1}.schema-1") // 4096 // 10 + sum(map(len, schema.STEPS))
+    assert len(seen) >= steps
+    assert set(seen) == {(path_of_1,)}
+
+
 def test_a_copy_left_half_made_is_made_again(path, next_schema):
     with open(path + migration.COPYING_SUFFIX, "wb") as file:
         file.write(b"half")

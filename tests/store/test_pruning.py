@@ -100,13 +100,12 @@ def test_what_belongs_to_a_record_goes_with_it(outbox):
     change(outbox, "INSERT INTO told VALUES (?, ?)", gone, NOW - DAY)
     for record_id in (gone, stays):
         change(outbox, "INSERT INTO attempt (record_id, at, outcome, duration_s) VALUES (?, 1, 'x', 0)", record_id)
-        change(outbox, "INSERT INTO failure (record_id) VALUES (?)", record_id)
 
     assert Pruner(outbox.store).prune(NOW) == 1
     assert Pruner(outbox.store).prune(NOW) == 0
     assert ask(outbox, "SELECT count(*) FROM told") == [(0,)]
     for table in ("attempt", "failure"):
-        assert {row[0] for row in ask(outbox, f"SELECT record_id FROM {table}")} == {stays}
+        assert ask(outbox, f"SELECT record_id FROM {table}") == [(stays,)]
     assert review.stats(outbox.store).counts["delivered"] == 0
 
 

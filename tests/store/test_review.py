@@ -188,8 +188,8 @@ def test_queuing_between_pages_is_free(outbox, monkeypatch):
 
 def test_stats_of_an_outbox(outbox):
     queue(outbox, *"abcde")
-    set_state(outbox, "failed", 1, at=50.0)
     set_state(outbox, "failed", 2, at=40.0)
+    set_state(outbox, "failed", 1, at=30.0)  # later, whatever the clock said
     set_state(outbox, "delivered", 3)
     found = stats(outbox.store)
 
