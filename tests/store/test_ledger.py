@@ -255,6 +255,7 @@ def test_changed_column_is_noticed(outbox, ledger, column, value):
 
 def test_damaged_record_fails_and_is_never_sent_again(outbox, ledger):
     queue(outbox, "a", "a")
+    run(ledger.store, "UPDATE record SET payload = x'7b7d' WHERE id = 1")
     ledger.condemn(shown(ledger, 1), "the payload changed", NOW)
     record = shown(ledger, 1)
 

@@ -48,6 +48,8 @@ def test_a_plan_tells_numbers_by_group_and_what_stands_against_some(outbox):
     outbox.enqueue("build", fields)
     set_state(outbox, "failed", 1, 2, 3, 6, 8)
     set_state(outbox, "failed", 4, reason="damaged")
+    with outbox.store.write() as connection:
+        connection.execute("UPDATE record SET payload = x'7b7d' WHERE id = 4")
     set_state(outbox, "delivered", 7)
     outbox.enqueue("build", fields)
     plan = planned(outbox)
