@@ -50,7 +50,7 @@ ALLOWED = {
     "importlines": {"bodies", "errors", "events", "exportfile", "values"},
     "importfile": {"bodies", "errors", "exportfile", "files", "importlines", "values"},
     "birthplace": {"hostid", "schema", "storage"},
-    "pruning": {"errors", "exports", "files", "reserve", "schema", "storage"},
+    "pruning": {"batches", "errors", "exports", "files", "reserve", "schema", "storage"},
     "notices": {"errors", "files", "locks", "storage", "text"},
     "outbox": {"batches", "damage", "errors", "events", "files", "integrity", "mending", "notices", "reserve", "storage"},
     "salvage": {"events", "files", "pages", "records", "schema"},
@@ -65,7 +65,7 @@ ALLOWED = {
     "newfile": {"errors"},
     "spilling": {"config", "errors", "exporting", "flush", "opening", "storage"},
     "exporting": {
-        "config", "errors", "exportfile", "exports", "files", "ledger", "locks", "newfile", "opening", "privileges", "records",
+        "batches", "config", "errors", "exportfile", "exports", "files", "ledger", "locks", "newfile", "opening", "privileges", "records",
         "storage",
     },
     "selecting": {"filters", "records", "schema", "storage"},

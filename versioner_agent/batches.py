@@ -14,6 +14,8 @@ from versioner_agent.storage import Store
 #: Events that one transaction takes at most: it holds the write queue for well under 100 ms.
 CHUNK = 500
 CHUNK_BYTES = 1024 * 1024  # of payloads, likewise; a single one may be a quarter of it
+#: Pages that one step changes are kept until its commit (KiB): writing them earlier would sync the journal once more.
+CACHE_KIB = 8192
 
 INSERT_BATCH = "INSERT INTO batch (kind, created_at) VALUES (?, ?)"
 COUNT_BATCH = "UPDATE batch SET waiting = ? WHERE id = ?"
@@ -41,6 +43,7 @@ def hand_over_batch(store: Store, step: int = CHUNK) -> bool:
     if not found:
         return False
     with store.write() as connection:
+        keep_pages(connection)
         count = _fitting(connection, found[0][0], step)
         handed_over = connection.execute(HAND_OVER, (found[0][0], count)).rowcount
         connection.execute(COUNT_HANDED_OVER, (handed_over, found[0][0]))
@@ -85,6 +88,11 @@ def drop_batch(store: Store, batch: int | None) -> None:
                 step = 1
     except OutboxError:
         pass
+
+
+def keep_pages(connection: sqlite3.Connection) -> None:
+    """Have room for all that one step changes: every index has its own page for nearly each record."""
+    connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
 
 
 def _fitting(connection: sqlite3.Connection, batch: int | None, step: int) -> int:

@@ -25,6 +25,7 @@ from versioner_agent.batches import (
     SELECT_UNPUBLISHED,
     drop_batch,
     hand_over_all,
+    keep_pages,
 )
 from versioner_agent.errors import OutboxBusy, OutboxError, UsageError
 from versioner_agent.exportfile import Header
@@ -203,6 +204,7 @@ class _Staging:
         self.queued = [0] * len(files)
         self.present = [0] * len(files)
         with store.write(create=True) as connection:
+            keep_pages(connection)
             check_space(store, connection)
             self.batch = connection.execute(INSERT_BATCH, (KIND, time.time())).lastrowid
 

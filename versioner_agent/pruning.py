@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from versioner_agent import exports
+from versioner_agent.batches import keep_pages
 from versioner_agent.errors import OutboxFull
 from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.reserve import give_up
@@ -22,8 +23,6 @@ from versioner_agent.storage import Store
 #: What one transaction should take (seconds), and when it goes over to its commit: none may take over 0.1.
 AIM_S = 0.04
 WORK_S = 0.025
-#: Pages that one step changes are kept until its commit (KiB): writing them earlier would sync the journal once more.
-CACHE_KIB = 8192
 FIRST_STEP = 32
 MOST_STEP = 1000
 #: Payloads that one transaction removes at most (bytes): their pages are wiped, and kept in the journal until then.
@@ -101,7 +100,7 @@ class Pruner:
         done = size = removed = 0
         with self._store.write() as connection:
             started = self._clock()
-            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            keep_pages(connection)
             for record_id, length in rows:
                 size += length
                 if done and (size > STEP_BYTES or self._clock() - started > WORK_S):
