@@ -19,6 +19,7 @@ from versioner_agent.cli._common import (
     styled,
 )
 from versioner_agent.cli._failures import group_line
+from versioner_agent.premises import is_stopped
 from versioner_agent.text import printable
 
 if TYPE_CHECKING:
@@ -182,8 +183,6 @@ def _lines(path: str, stats: Stats, failures: Summary, presence: Presence, api_u
 
 
 def _agent_words(presence: Presence, *, has_pending: bool) -> str:
-    from versioner_agent.premises import is_stopped  # noqa: PLC0415
-
     if not presence.has_agent:
         waiting = "; `versioner-agent run` or `flush` delivers what is pending" if has_pending else ""
         return f"{'a flush is running' if presence.is_delivering else 'not running'}{waiting}"
