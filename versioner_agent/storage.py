@@ -220,6 +220,7 @@ class Store:
                 connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchone()  # the next read gives locks back
             # What is deleted is overwritten, so that salvage finds no old copies.
             connection.execute("PRAGMA secure_delete = ON")
+            connection.execute("PRAGMA temp_store = MEMORY")  # no other disk's room matters
             # Damaged text must not make a page of records unreadable; its digest tells.
             connection.text_factory = _TEXT
             if is_new:

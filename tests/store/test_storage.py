@@ -345,3 +345,9 @@ def test_a_read_only_place_is_not_taken_for_a_missing_membership(tmp_path):
 
     assert f"ReadWritePaths={tmp_path}" in hint
     assert "group" not in hint
+
+
+def test_what_a_statement_may_take_back_needs_no_room_on_another_disk(outbox):
+    """SQLite keeps it in a file in /var/tmp otherwise, which may be full (https://sqlite.org/tempfiles.html)."""
+    with outbox.store.write(create=True) as connection:
+        assert connection.execute("PRAGMA temp_store").fetchone() == (2,)
