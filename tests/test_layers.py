@@ -140,8 +140,8 @@ ALLOWED = {
         "binding", "config", "delivery", "doctor", "errors", "findings", "network", "outcomes", "text", "tls", "urls",
     },
     "bundle": {
-        "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "records", "review", "schema",
-        "servicing", "storage", "text",
+        "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "newfile", "records", "review",
+        "schema", "servicing", "storage", "text",
     },
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {
