@@ -26,7 +26,6 @@ PAGE = 500  # failures one read looks at
 POLL_S = 0.05
 #: The file of the locks: each name has a byte of it, so that cursors don't wait for each other.
 CURSORS_SUFFIX = ".cursors"
-MAX_NAME_CHARS = 100
 # struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
 _FLOCK = "hhqqi4x"
 

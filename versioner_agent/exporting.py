@@ -32,7 +32,7 @@ from versioner_agent.storage import OutboxMissing, Store
 
 #: What handing over may take an agent on top of the requests it has under way (seconds).
 LENDING_S = 15.0
-#: Of a digest or a batch, so many characters must be given.
+#: Of a digest or a batch, so many characters must be given, and are shown.
 SHORTEST_NAME = 8
 MOST = 2**63 - 1  # records, where no limit is given
 IDS_SHOWN = 20
@@ -133,7 +133,7 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         with _owned(store):
             found = _the_one(exports.by_name(store, name.lower()), "batch", name)
-            exports.hand_over_all(store)
+            exports.turn_all(store)
             found = exports.by_uid(store, found.uid) or found
         if found.state == "open":
             raise UsageError(f"the batch {name} was not marked; nothing was done", "`export` writes its records anew")
@@ -169,7 +169,9 @@ def check_free(store: Store, path: str, batch: str | None = None) -> bool:
         raise UsageError(f"{path} holds a batch that this outbox does not know; nothing was done", _ANOTHER)
     is_of_no_use = found.digest is None if found.state == "open" else found.awaited + found.waiting <= 0
     if not is_of_no_use and found.uid != batch:
-        raise UsageError(f"{path} holds the batch {found.uid[:8]}, which is still of use; nothing was done", _ANOTHER)
+        raise UsageError(
+            f"{path} holds the batch {found.uid[:SHORTEST_NAME]}, which is still of use; nothing was done", _ANOTHER
+        )
     return True
 
 

@@ -89,11 +89,11 @@ def test_a_file_left_by_an_export_that_was_killed_before_marking_is_replaced(hos
     host = host_for()
     host.queue("a", 2)
     command = (*COMMAND, "export", str(tmp_path / "events.jsonl"))
-    renames = [number for call, number in points_of(command, ("fsync",), env={**host.env, "HOME": "/"})]
+    syncs = [number for call, number in points_of(command, ("fsync",), env={**host.env, "HOME": "/"})]
     host.run("retry", "1", "2")
     (tmp_path / "events.jsonl").unlink()
 
-    was_killed, _ = killed_at("fsync", renames[-1], command, env=host.env)
+    was_killed, _ = killed_at("fsync", syncs[-1], command, env=host.env)
 
     assert was_killed
     assert (host.counts(), (tmp_path / "events.jsonl").exists()) == ({"pending": 2}, True)
