@@ -104,9 +104,8 @@ def mark(settings: Settings, digest: str) -> Marked:
     Raises UsageError where no batch, or more than one, has such a digest, LockHeld, OutboxError.
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store, _owned(store):
-        found = _the_one(
-            exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else [], "digest", digest
-        )
+        those = exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else []
+        found = _the_one(those, "digest", digest, "it is in the last line that was written")
         if found.state == "open":
             with _borrowed(store, settings):
                 found = exports.by_uid(store, found.uid) or found  # somebody may have been faster
@@ -132,7 +131,9 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         with _owned(store):
-            found = _the_one(exports.by_name(store, name.lower()), "batch", name)
+            found = _the_one(
+                exports.by_name(store, name.lower()), "number or id", name, "`versioner-agent status` lists batches"
+            )
             exports.turn_all(store)
             found = exports.by_uid(store, found.uid) or found
         if found.state == "open":
@@ -345,14 +346,14 @@ def _owned(store: Store) -> Iterator[None]:
         yield
 
 
-def _the_one(found: list[Export], what: str, name: str) -> Export:
+def _the_one(found: list[Export], what: str, name: str, where: str) -> Export:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UsageError(f"{len(found)} batches have a {what} that begins with {name}", "give more of it")
+        raise UsageError(f"{len(found)} batches have a {what} that begins with {name}", f"give more of it; {where}")
     raise UsageError(
         f"no batch of this outbox has the {what} {name}",
-        f"give it whole, or its first {SHORTEST_NAME} characters at least; `versioner-agent status` lists batches",
+        f"give it whole, or its first {SHORTEST_NAME} characters at least; {where}",
     )
 
 
