@@ -69,7 +69,7 @@ ALLOWED = {
         "storage",
     },
     "selecting": {"filters", "records", "schema", "storage"},
-    "review": {"birthplace", "damage", "exports", "filters", "ledger", "outbox", "records", "schema", "selecting", "storage"},
+    "review": {"birthplace", "damage", "exports", "ledger", "outbox", "records", "schema", "storage"},
     "cursors": {"errors", "files", "filters", "integrity", "locks", "records", "schema", "storage"},
     "groups": {"errors", "filters", "records", "schema", "storage"},
     "repair": {"filters", "records", "review", "selecting", "storage"},
@@ -141,7 +141,7 @@ ALLOWED = {
     },
     "bundle": {
         "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "newfile", "records", "review",
-        "schema", "servicing", "storage", "text",
+        "schema", "selecting", "servicing", "storage", "text",
     },
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {

@@ -19,7 +19,7 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from versioner_agent import __version__, birthplace, config, damage, review, schema, servicing
+from versioner_agent import __version__, birthplace, config, damage, review, schema, selecting, servicing
 from versioner_agent.config import Key
 from versioner_agent.doctor import BUSY_S, Case, rows
 from versioner_agent.errors import OutboxError
@@ -201,7 +201,7 @@ def _part(name: str, make: Callable[[], Iterable[Any]]) -> Part:
 
 def _records(store: Store) -> list[dict[str, Any]]:
     found = []
-    for page in review.select(store, limit=RECORDS):
+    for page in selecting.select(store, limit=RECORDS):
         for each in page:
             shown = review.show(store, each.id)
             if shown is not None:  # else it was pruned meanwhile
