@@ -332,7 +332,7 @@ def _borrow(lock: FlusherLock, end: float) -> None:
 def _not_lent(presence: Presence, *, is_first: bool) -> LockHeld:
     if not is_first:
         pid = presence.borrower_pid or "unknown"
-        return LockHeld(f"another export or import (pid {pid}) is under way; nothing was done", "try again after it")
+        return LockHeld(f"another export (pid {pid}) is under way; nothing was done", "try again when it is over")
     return LockHeld(
         f"pid {presence.pid or 'unknown'} delivers from this outbox and did not let us in; nothing was done",
         "try again; an agent of an older version never lets others in: restart it after an upgrade",
