@@ -69,12 +69,12 @@ ALLOWED = {
         "storage",
     },
     "selecting": {"filters", "records", "schema", "storage"},
-    "review": {"birthplace", "damage", "exports", "filters", "ledger", "outbox", "records", "schema", "selecting", "storage"},
-    "cursors": {"errors", "files", "filters", "integrity", "records", "schema", "storage"},
-    "groups": {"cursors", "filters", "records", "schema", "storage"},
+    "review": {"birthplace", "damage", "exports", "ledger", "outbox", "records", "schema", "storage"},
+    "cursors": {"errors", "files", "filters", "integrity", "locks", "records", "schema", "storage"},
+    "groups": {"errors", "filters", "records", "schema", "storage"},
     "repair": {"filters", "records", "review", "selecting", "storage"},
     "amending": {
-        "bodies", "cursors", "errors", "events", "filters", "integrity", "outbox", "records", "review", "schema",
+        "bodies", "errors", "events", "filters", "groups", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
     },
     "gauges": {"errors", "locks", "records", "review", "schema", "snapshot", "storage"},
@@ -140,8 +140,8 @@ ALLOWED = {
         "binding", "config", "delivery", "doctor", "errors", "findings", "network", "outcomes", "text", "tls", "urls",
     },
     "bundle": {
-        "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "records", "review", "schema",
-        "servicing", "storage", "text",
+        "birthplace", "config", "damage", "doctor", "errors", "findings", "machine", "newfile", "records", "review",
+        "schema", "selecting", "servicing", "storage", "text",
     },
     "service": {"config", "configfile", "errors", "layout", "machine", "program", "shipped", "steps", "text", "units"},
     "service_key": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 
@@ -77,6 +78,7 @@ def by_zsh(line):
     os.write(terminal, "".join(f"{each}\n" for each in (*setting_up, f"{NAME} {line}\t")).removesuffix("\n").encode())
     seen = b""
     while b"THE-END" not in seen:
+        assert select.select([terminal], [], [], 60)[0], seen  # else it would be waited for without an end
         seen += os.read(terminal, 65536)
     os.close(terminal)
     os.waitpid(pid, 0)

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from versioner_agent import __version__, events, review
-from versioner_agent.cursors import old_schema
-from versioner_agent.errors import ValidationError
+from versioner_agent.errors import OutboxOutdated, ValidationError
 from versioner_agent.filters import Filter
+from versioner_agent.groups import fields_of
 from versioner_agent.integrity import digest
 from versioner_agent.outbox import LIVE_STATES, SELECT_NEXT_ID, Outbox
 from versioner_agent.records import Record, as_record, is_intact
@@ -134,7 +134,7 @@ def planned(
         if len(problems) > MOST_PROBLEMS:
             break
     if problems:
-        raise ValidationError(problems, "nothing was done")
+        raise ValidationError(problems, "nothing was done: choose others, or another correction")
 
 
 def amend(
@@ -161,7 +161,7 @@ def _pages(store: Store, chosen: Filter | Sequence[int]) -> Iterator[Sequence[in
     """
     with store.read() as connection:
         if store.version < EXPORTS_SINCE:
-            raise old_schema()
+            raise OutboxOutdated
         last = connection.execute("SELECT COALESCE(max(id), 0) FROM record").fetchone()[0]
     if not isinstance(chosen, Filter):
         ids = sorted(set(chosen))
@@ -201,7 +201,7 @@ def _judge(
         against = f"{after} of the same run was delivered since; --out-of-order amends it all the same"
     if against:
         return Amendment(record_id, "refused", again and again[0], detail=against, record=record), None
-    old = _fields(payload)
+    old = fields_of(payload)
     copy = _corrected(record, old, wanted)
     changes = _changes(old, json.loads(copy.payload))
     if not changes:
@@ -224,16 +224,7 @@ def _objection(record: Record, payload: bytes) -> str:
         return "its content is damaged; queue the event again"
     if not payload:
         return "its payload was let go; queue the event again"
-    return "" if _fields(payload) else "its payload is no event; queue the event again"
-
-
-def _fields(payload: bytes) -> dict[str, Any]:
-    """Return what *payload* says, nothing where it is no event: not only we write to an outbox that others share."""
-    try:
-        found = json.loads(payload)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return "" if fields_of(payload) else "its payload is no event; queue the event again"
 
 
 def _corrected(record: Record, old: Mapping[str, Any], wanted: Correction) -> _Copy:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import re
 import shlex
@@ -15,17 +14,18 @@ import sqlite3
 import ssl
 import tarfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from versioner_agent import __version__, birthplace, config, damage, review, schema, servicing
+from versioner_agent import __version__, birthplace, config, damage, review, schema, selecting, servicing
 from versioner_agent.config import Key
 from versioner_agent.doctor import BUSY_S, Case, rows
-from versioner_agent.errors import AgentError, OutboxError, UsageError
+from versioner_agent.errors import OutboxError
 from versioner_agent.findings import Finding, total
 from versioner_agent.machine import Machine
+from versioner_agent.newfile import NewFile
 from versioner_agent.records import record_json, time_json
 from versioner_agent.review import Attempt
 from versioner_agent.storage import Store
@@ -90,32 +90,17 @@ def secrets_of(case: Case, key: str | None) -> list[str | None]:
     return found
 
 
-def refuse_existing(path: str) -> None:
-    """Raise UsageError where something is at *path* already."""
-    if os.path.lexists(path):
-        raise UsageError(f"{path} is there already; nothing was written", "name another file")
-
-
 def write(path: str, parts: Sequence[Part], mask: Mask) -> None:
     """Write the archive, for its owner only; all of it, or nothing. Raises UsageError, AgentError."""
-    refuse_existing(path)
     masked = [part._replace(content=mask(part.content)) for part in parts]
     manifest = _manifest(masked)
     packed = _packed([manifest._replace(content=mask(manifest.content)), *masked], time.time())
-    side = f"{path}.{os.getpid()}.part"
-    try:
-        fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with NewFile(path) as new:
         try:
-            with open(fd, "wb") as file:
-                file.write(packed)
-                file.flush()
-                os.fsync(fd)
-            os.rename(side, path)
-        except BaseException:
-            os.unlink(side)
-            raise
-    except OSError as exc:
-        raise AgentError(f"can't write {path}: {exc.strerror or exc}", "name a file in another place") from exc
+            new.file.write(packed)
+        except OSError as exc:
+            raise new.error(exc) from exc
+        new.place()
 
 
 def _packed(parts: Iterable[Part], now: float) -> bytes:
@@ -207,7 +192,7 @@ def of_outbox(case: Case) -> list[Part]:
         return [_part("records.jsonl", lambda: _records(store)), _part("batches.jsonl", lambda: _batches(store))]
 
 
-def _part(name: str, make: Any) -> Part:
+def _part(name: str, make: Callable[[], Iterable[Any]]) -> Part:
     try:
         return Part(name, _lines(make()))
     except OutboxError as exc:
@@ -216,7 +201,7 @@ def _part(name: str, make: Any) -> Part:
 
 def _records(store: Store) -> list[dict[str, Any]]:
     found = []
-    for page in review.select(store, limit=RECORDS):
+    for page in selecting.select(store, limit=RECORDS):
         for each in page:
             shown = review.show(store, each.id)
             if shown is not None:  # else it was pruned meanwhile

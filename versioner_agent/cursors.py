@@ -8,16 +8,16 @@ cursor apart.
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from versioner_agent.errors import OutboxBusy, OutboxError
+from versioner_agent.errors import OutboxBusy, OutboxError, OutboxOutdated
 from versioner_agent.files import inode_of, open_beside, unusable
 from versioner_agent.filters import Filter
 from versioner_agent.integrity import hash_of
+from versioner_agent.locks import lock_byte
 from versioner_agent.records import Record, as_record
 from versioner_agent.schema import EXPORTS_SINCE
 from versioner_agent.storage import Store
@@ -26,9 +26,6 @@ PAGE = 500  # failures one read looks at
 POLL_S = 0.05
 #: The file of the locks: each name has a byte of it, so that cursors don't wait for each other.
 CURSORS_SUFFIX = ".cursors"
-MAX_NAME_CHARS = 100
-# struct flock on 64-bit and large-file Linux: type, whence, start, length, pid (fcntl_locking(2)).
-_FLOCK = "hhqqi4x"
 
 
 class Step(NamedTuple):
@@ -37,14 +34,6 @@ class Step(NamedTuple):
     records: list[Record]
     seq: int
     file: tuple[int, int] | None  # the one they were read from
-
-
-def old_schema() -> OutboxError:
-    """Say that the outbox has no tables for this yet."""
-    return OutboxError(
-        "the outbox is still one of an earlier version of versioner-agent",
-        "restart the agent, which upgrades it; where there is none, let `versioner-agent run` do it",
-    )
 
 
 def unseen(store: Store, name: str, wanted: Filter, limit: int | None = None) -> Iterator[Step]:
@@ -87,32 +76,25 @@ def move(store: Store, name: str, step: Step) -> None:
 def held(store: Store, name: str) -> Iterator[None]:
     """Let nobody else read by the cursor *name* for the block.
 
-    Raises OutboxBusy after `busy_timeout` seconds, OutboxMissing, OutboxError where the outbox has no cursors yet.
+    Raises OutboxBusy after `busy_timeout` seconds, OutboxMissing, OutboxOutdated, OutboxError.
     """
-    import fcntl  # noqa: PLC0415  # POSIX only
-
     with store.read():
         if store.version < EXPORTS_SINCE:
-            raise old_schema()
+            raise OutboxOutdated
     path = store.path + CURSORS_SUFFIX
     at = int.from_bytes(hash_of(name.encode())[:6], "big")
-    request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
     end = time.monotonic() + store.busy_timeout
     try:
         fd = open_beside(path)
     except OSError as exc:
         raise unusable(path, exc) from exc
     try:
-        while True:
-            try:
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
-                break
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() >= end:
-                    raise OutboxBusy(
-                        f"another `list --new` of this name has been running for {store.busy_timeout:g} s",
-                        "look what its output waits for; its cursor has not moved",
-                    ) from None
+        while not lock_byte(fd, at):
+            if time.monotonic() >= end:
+                raise OutboxBusy(
+                    f"another `list --new` of this name has been running for {store.busy_timeout:g} s",
+                    "look what its output waits for; its cursor has not moved",
+                )
             time.sleep(POLL_S)
         yield
     finally:

@@ -134,7 +134,7 @@ def outbox(case: Case, key: Key, now: float, *, deep: bool) -> tuple[list[Findin
         found = [whole, *premises.examine(store.path, is_named=settings.is_explicit("db"))]
         with suppress(OutboxError, OSError):  # the check of the outbox says why
             stats = review.stats(store)
-            found += [*_past_damage(stats), *_sqlite(store), *_machine(stats), *_exports(store, now)]
+            found += [*_past_damage(stats), *_sqlite(store), *_machine(stats), *_exports(stats, now)]
             found += [
                 *_destination(stats, _here(case, key)),
                 *_agent(store, stats, presence, now),
@@ -194,15 +194,12 @@ def _machine(stats: Stats) -> list[Finding]:
     return [Finding("machine", "warning", words, action)]
 
 
-def _exports(store: Store, now: float) -> list[Finding]:
-    if store.version < schema.EXPORTS_SINCE:
+def _exports(stats: Stats, now: float) -> list[Finding]:
+    overdue = [now - each.created_at for each in stats.exports.batches if now - each.created_at > RECEIPT_DUE_S]
+    if not overdue:
         return []
-    with store.read() as connection:
-        count, oldest = connection.execute(OVERDUE, (now - RECEIPT_DUE_S,)).fetchone()
-    if not count or not isinstance(oldest, int | float):
-        return []
-    batches = "1 exported batch has" if count == 1 else f"{count} exported batches have"
-    words = f"{batches} no receipt, the oldest after {duration(now - oldest)}"
+    batches = "1 exported batch has" if len(overdue) == 1 else f"{len(overdue)} exported batches have"
+    words = f"{batches} no receipt, the oldest for {duration(max(overdue))}"
     return [Finding("exports", "warning", words, "import the far side's receipts, or export again what was lost")]
 
 
@@ -316,11 +313,3 @@ def _key_file(source: str, env: Mapping[str, str]) -> list[Finding]:
     shown = mask_keys(source)
     words = f"{shown} can be read by others than its owner (mode {stat.S_IMODE(found.st_mode):04o})"
     return [Finding("key", "warning", words, f"chmod 600 {shown}, and have a new key made if others were there")]
-
-
-OVERDUE = """
-    SELECT count(*), min(created_at) FROM export
-    WHERE state <> 'open' AND created_at < ? AND EXISTS (
-        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
-    )
-"""

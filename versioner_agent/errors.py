@@ -9,8 +9,9 @@ AgentError (1)
 ├── OutboxError (1)
 │   ├── OutboxBusy           the write queue did not move in time
 │   ├── OutboxDamaged        the file is not what was written; `salvage` mends it
-│   └── OutboxFull           no room on the disk
-└── LockHeld (1)             another agent delivers from this outbox
+│   ├── OutboxFull           no room on the disk
+│   └── OutboxOutdated       an older schema, without the tables that are needed
+└── LockHeld (1)             somebody else delivers from this outbox, or has it lent
 
 A refusal by the API is no exception: it is an outcome (see `outcomes`).
 """
@@ -110,8 +111,19 @@ class OutboxFull(OutboxError):
     """The disk under the outbox has no room."""
 
 
+class OutboxOutdated(OutboxError):
+    """The outbox has an older schema, which knows nothing of what is asked."""
+
+    def __init__(self) -> None:
+        """Say who upgrades it."""
+        super().__init__(
+            "the outbox is still one of an earlier version of versioner-agent",
+            "restart the agent, which upgrades it; where there is none, let `versioner-agent run` do it",
+        )
+
+
 class LockHeld(AgentError):
-    """Another agent holds the flusher lock."""
+    """Somebody else holds the flusher lock."""
 
 
 def _listed(title: str, problems: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ from versioner_agent.storage import OutboxMissing, Store
 
 #: What handing over may take an agent on top of the requests it has under way (seconds).
 LENDING_S = 15.0
-#: Of a digest or a batch, so many characters must be given.
+#: Of a digest or a batch, so many characters must be given, and are shown.
 SHORTEST_NAME = 8
 MOST = 2**63 - 1  # records, where no limit is given
 IDS_SHOWN = 20
@@ -104,9 +104,8 @@ def mark(settings: Settings, digest: str) -> Marked:
     Raises UsageError where no batch, or more than one, has such a digest, LockHeld, OutboxError.
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store, _owned(store):
-        found = _the_one(
-            exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else [], "digest", digest
-        )
+        those = exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else []
+        found = _the_one(those, "digest", digest, "it is in the last line that was written")
         if found.state == "open":
             with _borrowed(store, settings):
                 found = exports.by_uid(store, found.uid) or found  # somebody may have been faster
@@ -132,8 +131,10 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         with _owned(store):
-            found = _the_one(exports.by_name(store, name.lower()), "batch", name)
-            exports.hand_over_all(store)
+            found = _the_one(
+                exports.by_name(store, name.lower()), "number or id", name, "`versioner-agent status` lists batches"
+            )
+            exports.turn_all(store)
             found = exports.by_uid(store, found.uid) or found
         if found.state == "open":
             raise UsageError(f"the batch {name} was not marked; nothing was done", "`export` writes its records anew")
@@ -169,7 +170,9 @@ def check_free(store: Store, path: str, batch: str | None = None) -> bool:
         raise UsageError(f"{path} holds a batch that this outbox does not know; nothing was done", _ANOTHER)
     is_of_no_use = found.digest is None if found.state == "open" else found.awaited + found.waiting <= 0
     if not is_of_no_use and found.uid != batch:
-        raise UsageError(f"{path} holds the batch {found.uid[:8]}, which is still of use; nothing was done", _ANOTHER)
+        raise UsageError(
+            f"{path} holds the batch {found.uid[:SHORTEST_NAME]}, which is still of use; nothing was done", _ANOTHER
+        )
     return True
 
 
@@ -329,7 +332,7 @@ def _borrow(lock: FlusherLock, end: float) -> None:
 def _not_lent(presence: Presence, *, is_first: bool) -> LockHeld:
     if not is_first:
         pid = presence.borrower_pid or "unknown"
-        return LockHeld(f"another export or import (pid {pid}) is under way; nothing was done", "try again after it")
+        return LockHeld(f"another export (pid {pid}) is under way; nothing was done", "try again when it is over")
     return LockHeld(
         f"pid {presence.pid or 'unknown'} delivers from this outbox and did not let us in; nothing was done",
         "try again; an agent of an older version never lets others in: restart it after an upgrade",
@@ -343,14 +346,14 @@ def _owned(store: Store) -> Iterator[None]:
         yield
 
 
-def _the_one(found: list[Export], what: str, name: str) -> Export:
+def _the_one(found: list[Export], what: str, name: str, where: str) -> Export:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UsageError(f"{len(found)} batches have a {what} that begins with {name}", "give more of it")
+        raise UsageError(f"{len(found)} batches have a {what} that begins with {name}", f"give more of it; {where}")
     raise UsageError(
         f"no batch of this outbox has the {what} {name}",
-        f"give it whole, or its first {SHORTEST_NAME} characters at least; `versioner-agent status` lists batches",
+        f"give it whole, or its first {SHORTEST_NAME} characters at least; {where}",
     )
 
 

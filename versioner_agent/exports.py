@@ -187,7 +187,7 @@ def count_claimed(store: Store, export: Export) -> int:
         after = int(seen[-1][0])
 
 
-def hand_over(store: Store, step: int = STEP) -> bool:
+def turn(store: Store, step: int = STEP) -> bool:
     """Turn one *step* of a batch that is being marked into exported records; False when there is none left."""
     with store.read() as connection:
         if not has_tables(store) or not is_marking(connection):
@@ -206,9 +206,9 @@ def hand_over(store: Store, step: int = STEP) -> bool:
     return True
 
 
-def hand_over_all(store: Store) -> None:
+def turn_all(store: Store) -> None:
     """Turn all that counts as exported: until then it looks as if it were pending. Raises OutboxError."""
-    while hand_over(store):
+    while turn(store):
         pass
 
 

@@ -125,17 +125,7 @@ def _drain(
     why = f"{sharing}: only its agent delivers from it" if sharing else "its agent delivers from it"
     refused: dict[int, Record] = {}
     started = time.time()
-
-    tidy_until = end
-
-    def is_done(flusher: Flusher) -> bool:
-        nonlocal tidy_until
-        on_progress(_pending_or_none(ledger))
-        if flusher.is_drained():
-            # Where no agent runs, nobody else forgets what is old.
-            tidy_until = min(tidy_until, time.monotonic() + TIDY_S)
-            return not flusher.is_tidying() or time.monotonic() >= tidy_until
-        return not flusher.is_busy() and _are_all_held(ledger)
+    is_done = _until_drained(ledger, end, on_progress)
 
     def keep(record: Record) -> None:
         refused.setdefault(record.id, record)
@@ -151,16 +141,36 @@ def _drain(
         for record in review.failed_since(ledger.store, started):
             keep(record)
         if not is_free:
-            presence = lock.presence()
-            if _are_all_held(ledger):
-                why = HELD
-            elif not presence.is_delivering:
-                why += ", and none is running"
-            elif not presence.has_agent:
-                why = f"pid {presence.pid or 'unknown'} has its turn at delivering"
+            why = _why_left(ledger, lock, why)
             break
     pending = ledger.pending()
     return Drained(list(refused.values()), pending, why if pending else "")
+
+
+def _until_drained(ledger: Ledger, end: float, on_progress: Callable[[int | None], None]) -> Callable[[Flusher], bool]:
+    """Return what tells whether a flusher is done: all is delivered and tidied up for TIDY_S, or is held."""
+    tidy_until = end
+
+    def is_done(flusher: Flusher) -> bool:
+        nonlocal tidy_until
+        on_progress(_pending_or_none(ledger))
+        if flusher.is_drained():
+            # Where no agent runs, nobody else forgets what is old.
+            tidy_until = min(tidy_until, time.monotonic() + TIDY_S)
+            return not flusher.is_tidying() or time.monotonic() >= tidy_until
+        return not flusher.is_busy() and _are_all_held(ledger)
+
+    return is_done
+
+
+def _why_left(ledger: Ledger, lock: FlusherLock, why: str) -> str:
+    """Say why something is left where others deliver; *why* says that they do."""
+    presence = lock.presence()
+    if _are_all_held(ledger):
+        return HELD
+    if not presence.is_delivering:
+        return f"{why}, and none is running"
+    return why if presence.has_agent else f"pid {presence.pid or 'unknown'} has its turn at delivering"
 
 
 def take_turn(lock: FlusherLock) -> bool:

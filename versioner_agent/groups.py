@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from versioner_agent.cursors import old_schema
+from versioner_agent.errors import OutboxOutdated
 from versioner_agent.filters import Filter
 from versioner_agent.records import number, text
 from versioner_agent.schema import EXPORTS_SINCE
@@ -103,7 +103,7 @@ def _pages(store: Store, wanted: Filter) -> Iterator[list[tuple[Any, ...]]]:
     while True:
         with store.read() as connection:
             if store.version < EXPORTS_SINCE:
-                raise old_schema()
+                raise OutboxOutdated
             rows = connection.execute(WALK_VERSION, after | {"page": PAGE}).fetchall()
             rows += connection.execute(WALK, after | {"page": PAGE - len(rows)}).fetchall()
         if not rows:
@@ -136,17 +136,18 @@ def _completed(store: Store, tallies: Iterable[tuple[_Key, _Tally]]) -> Iterator
         with store.read() as connection:
             row = connection.execute(FIRST, (tally.first_id, MOST_PAYLOAD)).fetchone()
         queued_by, payload = row or ("", b"")
-        fields = _fields(payload)
+        fields = fields_of(payload)
         by = _first_text(fields, _PEOPLE) or text(queued_by) or ""
         yield Group(*key, *tally, by, _first_text(fields, _LINKS))
 
 
 def link_of(payload: bytes) -> str | None:
     """Return where the event *payload* says that people can look, None where it does not."""
-    return _first_text(_fields(payload), _LINKS)
+    return _first_text(fields_of(payload), _LINKS)
 
 
-def _fields(payload: Any) -> dict[str, Any]:
+def fields_of(payload: Any) -> dict[str, Any]:
+    """Return what *payload* says, nothing where it is no event: not only we write to an outbox that others share."""
     try:
         found = json.loads(payload)
     except (TypeError, ValueError, RecursionError):  # damaged, or let go

@@ -100,7 +100,7 @@ def open_file(name: str, stdin: BinaryIO) -> ExportFile:
         try:
             return ExportFile(name, open(open_plain(name), "rb"))
         except (FileNotFoundError, NotADirectoryError, ValueError) as exc:
-            raise UsageError(f"there is no file {shown(name)}") from exc
+            raise UsageError(f"there is no file {shown(name)}", _FOREIGN) from exc
         except OSError as exc:
             if exc.strerror == "it is not a regular file":
                 raise UsageError(

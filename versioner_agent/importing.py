@@ -83,7 +83,7 @@ def import_all(store: Store, files: Sequence[ExportFile], listener: Listener) ->
         for file in verdicts:
             receipts.refuse_others(store, file, ours)
         if verdicts:
-            exports.hand_over_all(store)  # a batch that is still being marked: its records wait for these verdicts too
+            exports.turn_all(store)  # a batch that is still being marked: its records wait for these verdicts too
         done: dict[int, Queued | Applied] = {}
         if events:
             _warn_of_gaps(store, events, listener)
@@ -240,9 +240,8 @@ class _Staging:
             connection.execute(PUBLISH_BATCH, (self.batch,))
 
     def _is_present(self, connection: sqlite3.Connection, event: Exported) -> bool:
-        if event.origin == self._ours:
-            return True  # it was queued here, and has come back through another outbox
-        return connection.execute(FIND_IMPORTED, (event.origin, event.event_id)).fetchone() is not None
+        # What was queued here has come back through another outbox.
+        return event.origin == self._ours or receipts.was_imported(connection, event)
 
     def _check_whole(self, connection: sqlite3.Connection) -> None:
         """Raise OutboxError if somebody has begun to remove what is staged, the first record first (see `batches`)."""
@@ -315,7 +314,6 @@ FIND_ARRIVAL = "SELECT 1 FROM arrival WHERE uid = ?"
 # Who sweeps batches goes by their age.
 TOUCH_BATCH = "UPDATE batch SET created_at = ? WHERE id = ?"
 FIND_FIRST_STAGED = "SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT 1"
-FIND_IMPORTED = "SELECT 1 FROM record INDEXED BY record_origin WHERE origin = ? AND event_id = ?"
 INSERT_IMPORTED = """
     INSERT INTO record (
         id, event_id, state, kind, product_name, version, environment_name, status, invoke_id, run_attempt,

@@ -19,7 +19,7 @@ from versioner_agent.values import shorten, shown, string_problem
 MAX_TIME = 253_402_300_800.0  # the year 10000
 MAX_ID = 2**63 - 1
 MAX_NUMBER = 1e300  # 1e999 is infinity for `json`
-MAX_NAME_CHARS = 255  # of a host, a version or a batch's author; a host's name has 64 at most (gethostname(2))
+MAX_NAME_CHARS = 255  # of a host or of our version; a host's name has 64 at most (gethostname(2))
 #: What came to its end elsewhere.
 VERDICTS = ("delivered", "failed", "discarded")
 

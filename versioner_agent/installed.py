@@ -11,11 +11,11 @@ import versioner_agent
 
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({
-    "__main__", "amending", "bundle", "checking", "checkout", "child", "ci", "cli", "demo", "doctor",
+    "__main__", "amending", "bundle", "checking", "checkout", "child", "ci", "cli", "cursors", "demo", "doctor",
     "exportfile", "exporting", "findings", "flush", "importfile", "importing", "importlines", "layout",
     "loopback", "machine", "masked", "mounts", "newfile", "premises", "privileges", "probing", "program",
-    "receipts", "removal", "repair", "sandbox", "service", "service_key", "servicing", "shipped", "sources",
-    "spilling", "steps", "units", "waiting", "wrapper",
+    "receipts", "removal", "repair", "sandbox", "selecting", "service", "service_key", "servicing", "shipped",
+    "sources", "spilling", "steps", "units", "waiting", "wrapper",
 })  # fmt: skip
 #: What the standard library and ours load when they are first needed.
 _LATER = ("difflib", "encodings.idna", "encodings.utf_8_sig", "grp", "pwd", "tomllib", "unicodedata", "zoneinfo")

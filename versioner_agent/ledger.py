@@ -153,7 +153,7 @@ class Ledger:
     def hand_over(self) -> bool:
         """Do one step of what others have published or exported and died; False when there is nothing left."""
         return self._step(lambda step: hand_over_batch(self.store, step), CHUNK) or self._step(
-            lambda step: exports.hand_over(self.store, step), exports.STEP
+            lambda step: exports.turn(self.store, step), exports.STEP
         )
 
     def head(self, key: str) -> tuple[Record, bytes] | None:

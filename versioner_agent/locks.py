@@ -213,14 +213,9 @@ class FlusherLock:
 
     def _claim(self, byte: int) -> bool:
         """Lock *byte* and note our pid beside it, for people; False if somebody else holds it."""
-        import fcntl  # noqa: PLC0415
-
         if self._fd is None:
             self._fd = open_beside(self.path)
-        request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-        try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
-        except (BlockingIOError, PermissionError):
+        if not lock_byte(self._fd, byte):
             return False
         self._claimed = (*self._claimed, byte)
         self._note(_note_at(byte), str(os.getpid()).rjust(_NOTE_BYTES).encode())
@@ -233,6 +228,18 @@ class FlusherLock:
             return  # a hard link: what it shares may be somebody's file
         with suppress(OSError):  # a full disk must not keep anybody from delivering
             os.pwrite(self._fd, words, at)
+
+
+def lock_byte(fd: int, byte: int) -> bool:
+    """Lock one *byte* of an open file until that is closed; False if somebody else holds it. Raises OSError."""
+    import fcntl  # noqa: PLC0415
+
+    request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _note_at(byte: int) -> int:

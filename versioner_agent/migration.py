@@ -1,7 +1,7 @@
 """Bringing an outbox of an older schema to this program's: all steps in one transaction, a copy of the old file kept.
 
-Only who holds the flusher lock does it. `enqueue` never does: it writes to the neighbouring versions as they are, so
-that neither an upgrade nor a way back fails a build.
+Only who holds the flusher lock does it. `enqueue` never does: it writes to older versions and the next one as they
+are, so that neither an upgrade nor a way back fails a build.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where an outbox lies: permissions, file system, free space, and who else is at its files. Nothing here changes."""
+"""Where an outbox lies: permissions, file system, free space, and who else is at its files. Changes none of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`doctor` on the network: names, connections, certificates, the API and its key, the way that delivery goes.
 
-Each step is bounded in time, and left out where the one before it failed. Nothing is thrown, nothing is created, and
+Each step is bounded in time, and left out where the one before it failed. Nothing is raised, nothing is created, and
 the key goes nowhere but to the configured API, once what answers there may be one.
 """
 

@@ -22,7 +22,7 @@ from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError
 from versioner_agent.exportfile import Header, Writer, is_compressed, verdict_line
 from versioner_agent.importfile import ExportFile
-from versioner_agent.importlines import Verdict, verdict_problem
+from versioner_agent.importlines import Exported, Verdict, verdict_problem
 from versioner_agent.newfile import NewFile, open_old, taken
 from versioner_agent.outcomes import MAX_DETAIL_CHARS, MAX_WORDS_CHARS
 from versioner_agent.privileges import as_owner_of
@@ -119,7 +119,7 @@ def refuse_others(store: Store, file: ExportFile, ours: str) -> None:
         if any(verdict.origin == ours for verdict in chunk):
             return
         with store.read() as connection:
-            if any(_came_through(connection, verdict) for verdict in chunk):
+            if any(was_imported(connection, verdict) for verdict in chunk):
                 return
     if file.checked.records:
         raise UsageError(
@@ -157,7 +157,7 @@ def _apply(connection: sqlite3.Connection, verdict: Verdict, ours: str) -> tuple
     origin = None if verdict.origin == ours else verdict.origin
     row = connection.execute(FIND_AWAITING, (verdict.event_id, origin)).fetchone()
     if row is None:
-        is_ours = origin is None or _came_through(connection, verdict)
+        is_ours = origin is None or was_imported(connection, verdict)
         return ("unchanged" if is_ours else "others"), None, 0
     record = as_record(row[:-1])
     if record.state == "failed" and verdict.state != "delivered":
@@ -180,9 +180,9 @@ def _bounded(verdict: Verdict, record: Record, now: float) -> dict[str, Any]:
     return found
 
 
-def _came_through(connection: sqlite3.Connection, verdict: Verdict) -> bool:
-    """Tell whether the event was imported here on its way."""
-    return connection.execute(FIND_IMPORTED, (verdict.origin, verdict.event_id)).fetchone() is not None
+def was_imported(connection: sqlite3.Connection, event: Exported | Verdict) -> bool:
+    """Tell whether the *event*, or the one that a verdict is about, was imported here."""
+    return connection.execute(FIND_IMPORTED, (event.origin, event.event_id)).fetchone() is not None
 
 
 def _chunks(file: ExportFile) -> Iterator[list[Verdict]]:

@@ -1,20 +1,20 @@
-"""The outbox as people see it: list, show, stats, retry, discard. Reads are paged and fetched before anything is shown.
+"""The outbox as people see it: show, stats, retry, discard (`selecting` lists).
 
-A reader blocks every commit in a rollback-journal database, so no read here lasts longer than a page takes.
+What is read is fetched before it is shown. A reader blocks every commit in a rollback-journal database, so no read here
+lasts longer than a page takes.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from versioner_agent import exports, selecting
+from versioner_agent import exports
 from versioner_agent.birthplace import is_elsewhere
 from versioner_agent.damage import Damage, noted
 from versioner_agent.exports import Overview
-from versioner_agent.filters import Filter
 from versioner_agent.ledger import Health, as_health
 from versioner_agent.outbox import LIVE_STATES, Destination
 from versioner_agent.records import COLUMNS, Record, as_record, is_intact, number, text
@@ -101,13 +101,6 @@ def stats(store: Store) -> Stats:
         overview,
         other_machine,
     )
-
-
-def select(
-    store: Store, *, state: str | None = None, product: str | None = None, limit: int | None = None
-) -> Iterator[list[Record]]:
-    """Yield pages of records, the newest first; nothing is locked between pages."""
-    return selecting.select(store, Filter(state, product), limit=limit, page=PAGE)
 
 
 def show(store: Store, record_id: int) -> tuple[Record, bytes, list[Attempt]] | None:

@@ -1,7 +1,8 @@
 """What can be saved of a damaged outbox: rows of its bytes in, proven records into a new file.
 
 A record is kept where its digest proves it; with it its state, for which there is no proof and which is read
-forgivingly. Of the other tables only what matters is kept: where the outbox delivers to, batches, the last id given.
+forgivingly. Of the other tables only what matters is kept: which outbox it is and where it delivers to, batches that
+were queued, exported or imported, the last id given.
 """
 
 from __future__ import annotations

@@ -21,10 +21,11 @@ MOST_KNOWN = 5000  # ids that one read may take from an index
 #: The schema from which on there is an index by product and version.
 INDEXED_SINCE = 2
 LAST_ID = 2**63 - 1
+ALL = Filter()
 
 
 def select(
-    store: Store, wanted: Filter, *, limit: int | None = None, oldest_first: bool = False, page: int = PAGE
+    store: Store, wanted: Filter = ALL, *, limit: int | None = None, oldest_first: bool = False, page: int = PAGE
 ) -> Iterator[list[Record]]:
     """Yield pages of the records that are *wanted*, the newest first unless *oldest_first*; none of them is empty.
 

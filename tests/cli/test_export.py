@@ -546,7 +546,7 @@ def test_a_spill_takes_what_was_not_delivered(host_for, serve, file):
     done = spill(host, file, "--timeout", "0.2", "--json")
 
     assert done.returncode == 0
-    assert f"spilled 3 events to {file}".encode() in done.stderr
+    assert f"spilled 3 records to {file}".encode() in done.stderr
     told = json.loads(done.stdout)
     assert (told["pending"], told["spilled"]["records"]) == (0, 3)
     assert len(versions(file)) == 3

@@ -273,7 +273,7 @@ def test_a_file_that_is_there_is_not_overwritten(host):
     done = host.run("doctor", "--offline", "--bundle", str(path))
 
     assert done.returncode == 2
-    assert b"is there already; nothing was written" in done.stderr
+    assert b"is there already; nothing was done" in done.stderr
     assert path.read_text() == "mine"
 
 

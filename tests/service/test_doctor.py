@@ -396,7 +396,7 @@ def test_exports_without_a_receipt_are_told_after_a_month(host):
         )
         alter(host.path, f"UPDATE record SET state = 'exported', batch = -{number} WHERE id = {number}")
 
-    assert examine(host, "--offline")["exports"]["finding"] == "1 exported batch has no receipt, the oldest after 40 d"
+    assert examine(host, "--offline")["exports"]["finding"] == "1 exported batch has no receipt, the oldest for 40 d"
 
 
 # --- another machine

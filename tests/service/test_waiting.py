@@ -13,7 +13,7 @@ import pytest
 from host import KEY, eventually, free_port
 from scripted import accepted, answer, dripped, hanging, refused
 
-from versioner_agent import batches, config, review, upkeep, waiting
+from versioner_agent import batches, config, review, selecting, upkeep, waiting
 from versioner_agent import flush as flushing
 from versioner_agent import outbox as outboxes
 from versioner_agent.events import validate
@@ -57,7 +57,7 @@ class Place:
 
     def states(self):
         with contextlib.closing(Store(self.path)) as store:
-            return {record.id: record.state for page in review.select(store) for record in page}
+            return {record.id: record.state for page in selecting.select(store) for record in page}
 
     def change(self, sql, *values):
         with contextlib.closing(Store(self.path)) as store, store.write() as connection:

@@ -110,7 +110,7 @@ def test_every_step_turns_a_part_and_the_counts_stay(outbox, ledger):
     queue(outbox, "a", 7)
     marked(ledger)
     seen = []
-    while exports.hand_over(ledger.store, 2):
+    while exports.turn(ledger.store, 2):
         seen.append(rows(ledger, "SELECT count(*) FROM record WHERE state = 'exported'")[0][0])
         assert states(ledger) == {"exported": 7}
 
@@ -172,15 +172,15 @@ def test_an_export_ends_however_fast_others_queue(outbox, ledger, settings, tmp_
 def test_what_counts_as_exported_is_not_said_to_be_unmarked(outbox, ledger, settings, tmp_path, monkeypatch):
     """Other writers may keep us from turning it: the next one to choose does."""
     queue(outbox, "a", 3)
-    hand_over = exports.hand_over
+    turn = exports.turn
 
     def busy(store, *args):
         if states(ledger).get("exported"):
             raise OutboxBusy("others write")
-        return hand_over(store, *args)
+        return turn(store, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(exports, "hand_over", busy)
+        patched.setattr(exports, "turn", busy)
         assert export(settings, str(tmp_path / "1")).records == 3
 
     assert states(ledger) == {"exported": 3}

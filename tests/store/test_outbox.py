@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 from freezegun import freeze_time
 
-from versioner_agent import Outbox, batches, events, review
+from versioner_agent import Outbox, batches, events, review, selecting
 from versioner_agent import outbox as outbox_module
 from versioner_agent.errors import OtherDestination, OutboxBusy, OutboxError, OutboxFull, ValidationError
 from versioner_agent.files import FLOOR_BYTES
@@ -212,7 +212,7 @@ def test_what_is_staged_is_invisible_until_it_is_published(outbox, small_steps, 
         with Outbox(outbox.store.path) as other:
             stats = review.stats(other.store)
             seen.append((Ledger(other.store).head("payments"), stats.counts["pending"], review.show(other.store, 1)))
-            assert list(review.select(other.store)) == []
+            assert list(selecting.select(other.store)) == []
         return insert(self, connection, chunk, context)
 
     monkeypatch.setattr(Outbox, "_insert", look)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from versioner_agent import events, repair, review
+from versioner_agent import events, repair, review, selecting
 from versioner_agent.filters import Filter
 
 DEPLOYMENT = {"product_name": "a", "version": "1", "environment_name": "prod", "invoke_id": "7"}
@@ -36,7 +36,7 @@ def retried(outbox, wanted=FAILED, last_id=10**9):
 
 
 def states(outbox):
-    return {record.id: record.state for page in review.select(outbox.store) for record in page}
+    return {record.id: record.state for page in selecting.select(outbox.store) for record in page}
 
 
 def test_a_plan_tells_numbers_by_group_and_what_stands_against_some(outbox):

@@ -7,7 +7,7 @@ import pytest
 from versioner_agent import review
 from versioner_agent.ledger import Ledger
 from versioner_agent.records import record_json
-from versioner_agent.review import discard, retry, select, show, stats
+from versioner_agent.review import discard, retry, show, stats
 
 DEPLOYMENT = {"product_name": "a", "version": "1", "environment_name": "prod", "invoke_id": "7"}
 
@@ -150,40 +150,6 @@ def test_build_is_overtaken_too(outbox):
     set_state(outbox, "delivered", 2)
 
     assert outcome_of(retry, outbox, 1) == "out_of_order"
-
-
-def listed(outbox, **options):
-    pages = list(select(outbox.store, **options))
-    assert all(pages)
-    return [record.id for page in pages for record in page]
-
-
-@pytest.mark.parametrize("page", [1, 2, 3, 100])
-def test_list_is_newest_first_whatever_the_page(outbox, monkeypatch, page):
-    monkeypatch.setattr(review, "PAGE", page)
-    queue(outbox, *"abaab")
-    set_state(outbox, "failed", 1, 4, 5)
-
-    assert listed(outbox) == [5, 4, 3, 2, 1]
-    assert listed(outbox, limit=2) == [5, 4]
-    assert listed(outbox, limit=0) == []
-    assert listed(outbox, state="failed") == [5, 4, 1]
-    assert listed(outbox, product="a") == [4, 3, 1]
-    assert listed(outbox, product="a", limit=2) == [4, 3]
-    assert listed(outbox, state="failed", product="a", limit=5) == [4, 1]
-    assert listed(outbox, state="exported") == listed(outbox, product="x") == []
-
-
-def test_queuing_between_pages_is_free(outbox, monkeypatch):
-    """Nothing is locked while a page is shown, and no record is shown twice."""
-    monkeypatch.setattr(review, "PAGE", 2)
-    queue(outbox, *"aaaa")
-    seen = []
-    for page in select(outbox.store):
-        seen += [record.id for record in page]
-        queue(outbox, "a")
-
-    assert seen == [4, 3, 2, 1]
 
 
 def test_stats_of_an_outbox(outbox):

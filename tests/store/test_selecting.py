@@ -121,3 +121,16 @@ def test_a_rare_match_is_looked_for_in_windows(filled, monkeypatch):
 
     assert list(selecting.select(filled.store, Filter(reason="gave_up"))) == []
     assert len(seen) >= len(everything(filled)) // 10
+
+
+def test_queuing_between_pages_is_free(outbox):
+    """Nothing is locked while a page is shown, and no record is shown twice."""
+    build = {"product_name": "a", "version": "1", "status": "ok"}
+    for _ in range(4):
+        outbox.enqueue("build", build)
+    seen = []
+    for page in selecting.select(outbox.store, page=2):
+        seen += [record.id for record in page]
+        outbox.enqueue("build", build)
+
+    assert seen == [4, 3, 2, 1]

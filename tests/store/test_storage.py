@@ -14,7 +14,7 @@ from contextlib import closing
 
 import pytest
 
-from versioner_agent import Outbox, files, review, schema
+from versioner_agent import Outbox, files, review, schema, selecting
 from versioner_agent.errors import OutboxBusy, OutboxDamaged, OutboxError, OutboxFull
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import FlusherLock
@@ -237,7 +237,7 @@ def test_thirty_writers_at_once_all_succeed(outbox, child):
         writer.go()
     assert [writer.says() for writer in writers] == ["done"] * 30
 
-    found = Counter(record.product_name for page in review.select(outbox.store) for record in page)
+    found = Counter(record.product_name for page in selecting.select(outbox.store) for record in page)
     assert found == {f"p{n}": 4 for n in range(30)}
     with outbox.store.read() as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

@@ -55,15 +55,18 @@ def filter_options(*states: str) -> Callable[[Decorated], Decorated]:
 
     def decorate(function: Decorated) -> Decorated:
         for option in (
-            click.option("--until", callback=_as_moment, metavar="TIME", help="Queued before; likewise."),
+            click.option("--until", callback=_as_moment, metavar="TIME", help="Only records queued before; likewise."),
             click.option(
                 "--since",
                 callback=_as_moment,
                 metavar="TIME",
-                help="Queued since: a time, a date, or an age like 90m, 24h, 7d.",
+                help="Only records queued since: a time, a date, or an age like 90m, 24h, 7d.",
             ),
             click.option(
-                "--reason", callback=_as_reason, metavar="WORD", help="For this reason: conflict, invalid, late …"
+                "--reason",
+                callback=_as_reason,
+                metavar="WORD",
+                help="Only records with this reason: conflict, invalid, late …",
             ),
             click.option("--version", callback=_as_text, metavar="TEXT", help="Only records of this version."),
             click.option("--product", callback=_as_text, metavar="NAME", help="Only records of this product."),

@@ -31,7 +31,7 @@ VALUE_CHARS = 300
 )
 @click.option("--unset", multiple=True, metavar="FIELD", help="Leave a field out, or extra_metadata.KEY; repeatable.")
 @click.option("--out-of-order", is_flag=True, help="Also what a later event of its run has overtaken.")
-@click.option("--yes", is_flag=True, help="Do it; otherwise only show what would change.")
+@click.option("--yes", is_flag=True, help="Do it, else only show what would change.")
 @settings_options()
 @json_option
 def amend(
@@ -65,7 +65,7 @@ def amend(
     counts: dict[str, int] = {}
     do = amending.amend if yes else amending.planned
     with Outbox(settings.db, busy_timeout=settings.busy_timeout, queued_by=user()) as outbox:
-        exports.hand_over_all(outbox.store)
+        exports.turn_all(outbox.store)
         for amendment in do(outbox, chosen, wanted, out_of_order=out_of_order):
             counts[amendment.outcome] = counts.get(amendment.outcome, 0) + 1
             _show(amendment, as_json=as_json)

@@ -74,10 +74,11 @@ def _examine(options: dict[str, Any], *, offline: bool, deep: bool, bundle: str 
     from versioner_agent import probing, servicing  # noqa: PLC0415
     from versioner_agent.findings import exit_code, total  # noqa: PLC0415
     from versioner_agent.machine import this_machine  # noqa: PLC0415
+    from versioner_agent.newfile import taken  # noqa: PLC0415
     from versioner_agent.privileges import as_owner_of  # noqa: PLC0415
 
-    if bundle is not None:
-        bundles.refuse_existing(bundle)
+    if bundle is not None and os.path.lexists(bundle):
+        raise taken(bundle)
     machine, own = (this_machine(user=user, within_s=servicing.ASK_S) for user in (False, True))
     case = _case(options, machine)
     key = checks.key_of(case)

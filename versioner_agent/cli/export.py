@@ -24,7 +24,7 @@ STDOUT = "-"
 
 
 @click.command()
-@click.argument("file", required=False, metavar="FILE")
+@click.argument("file", required=False, metavar="[FILE]")
 @click.option("--product", metavar="NAME", help="Only records of this product.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many, the oldest first.")
 @click.option("--mark", metavar="DIGEST", help="Mark as exported what was written to stdout, by its SHA-256.")
@@ -117,9 +117,9 @@ def _stream(settings: Settings, product: str | None, limit: int | None) -> int:
         click.echo("nothing is pending", err=True)
         return 0
     tell_damaged(done)
-    events = _events(done.records)
     click.echo(
-        f"wrote {events} (batch {done.batch}, sha256 {done.sha256}); nothing is marked as exported yet", err=True
+        f"wrote {_counted(done.records)} (batch {done.batch}, sha256 {done.sha256}); nothing is marked as exported yet",
+        err=True,
     )
     click.echo(f"once they have arrived: versioner-agent export --mark {done.sha256}", err=True)
     return 0
@@ -147,13 +147,13 @@ def _report(done: Exported | None, *, as_json: bool) -> int:
     if as_json:
         echo_json(exported_json(done))
     else:
-        echo(harmless(summary(done)))
+        echo(harmless(f"exported {summary(done)}"))
     return 0
 
 
 def summary(done: Exported) -> str:
-    """Say what was exported, in a line."""
-    return f"exported {_events(done.records)} to {done.file} (batch {done.batch}, sha256 {done.sha256})"
+    """Say what was written and where to."""
+    return f"{_counted(done.records)} to {done.file} (batch {done.batch}, sha256 {done.sha256})"
 
 
 def exported_json(done: Exported) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _mark(settings: Settings, digest: str, *, as_json: bool) -> int:
     elif done.was_marked:
         echo(f"batch {done.batch} is marked as exported already")
     else:
-        echo(f"marked {done.marked} of {_events(done.records)} as exported (batch {done.batch})")
+        echo(f"marked {done.marked} of {_counted(done.records)} as exported (batch {done.batch})")
     if not done.was_marked and done.marked < done.records:
         others = done.records - done.marked
         click.echo(
@@ -185,5 +185,6 @@ def _mark(settings: Settings, digest: str, *, as_json: bool) -> int:
     return 0
 
 
-def _events(count: int) -> str:
+def _counted(count: int) -> str:
+    """Return *count* records in words."""
     return "1 record" if count == 1 else f"{count} records"

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--timeout", "wait_s", type=Seconds(min=0), default=60.0, show_default=True, metavar="SECONDS")
+@click.option(
+    "--timeout",
+    "wait_s",
+    type=Seconds(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to go on.",
+)
 @click.option(
     "--new-destination", is_flag=True, help="Deliver to the configured API from now on, wherever it was before."
 )
@@ -67,7 +75,7 @@ def _spill(settings: Settings, path: str, wait_s: float, *, rebind: bool, as_jso
     import os  # noqa: PLC0415
 
     from versioner_agent import spilling  # noqa: PLC0415
-    from versioner_agent.cli.export import ended_by_signals, exported_json, tell_damaged  # noqa: PLC0415
+    from versioner_agent.cli.export import ended_by_signals, exported_json, summary, tell_damaged  # noqa: PLC0415
     from versioner_agent.waiting import exit_code  # noqa: PLC0415
 
     spilling.check(settings, path)
@@ -88,9 +96,7 @@ def _spill(settings: Settings, path: str, wait_s: float, *, rebind: bool, as_jso
         )
     if done.exported is not None:
         why = done.trouble or done.drained.note
-        events = "1 event" if done.exported.records == 1 else f"{done.exported.records} events"
-        to = f"{done.exported.file} (batch {done.exported.batch}, sha256 {done.exported.sha256})"
-        click.echo(harmless(f"spilled {events} to {to}{f': {why}' if why else ''}"), err=True)
+        click.echo(harmless(f"spilled {summary(done.exported)}{f': {why}' if why else ''}"), err=True)
     return exit_code(done.drained.refused)
 
 

@@ -105,6 +105,8 @@ def _say(line: str) -> None:
 
 
 def _show(file: ExportFile, done: dict[str, int], *, as_json: bool) -> None:
+    from versioner_agent.importing import short  # noqa: PLC0415
+
     header, records, sha256 = file.checked
     if as_json:
         told = {"file": file.name, "content": header.content, "batch": header.batch, "origin": header.outbox}
@@ -112,7 +114,7 @@ def _show(file: ExportFile, done: dict[str, int], *, as_json: bool) -> None:
         return
     is_events = header.content == "events"
     what = ("event" if is_events else "verdict") + ("" if records == 1 else "s")
-    where = f"{'of' if is_events else 'from'} {header.host} (batch {header.batch[:8]}, sha256 {sha256})"
+    where = f"{'of' if is_events else 'from'} {header.host} (batch {short(header.batch)}, sha256 {sha256})"
     if not done:
         echo(harmless(f"checked {records} {what} {where}: the file is sound"))
     elif is_events:

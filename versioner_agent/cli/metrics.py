@@ -20,7 +20,7 @@ def metrics(textfile: str | None, **options: Any) -> None:
     Of an outbox that can't be read no more than that is told, and the exit code is 1.
 
     \b
-    versioner-agent metrics --textfile /var/lib/prometheus/node-exporter/versioner.prom
+    versioner-agent metrics --textfile /var/lib/prometheus/node-exporter/versioner-agent.prom
     """
     from versioner_agent import gauges  # noqa: PLC0415
     from versioner_agent.errors import AgentError, OutboxError  # noqa: PLC0415

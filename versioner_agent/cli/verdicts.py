@@ -31,7 +31,7 @@ LEFT_OUT_LINES = 20
 @click.option("--all-failed", is_flag=True, help="All failed records.")
 @filter_options("failed", "exported")
 @click.option("--out-of-order", is_flag=True, help="Also what a later event of its run has overtaken.")
-@click.option("--yes", is_flag=True, help="Do it, where records are not named by id: otherwise only say what would be.")
+@click.option("--yes", is_flag=True, help="With a filter: do it, else only say what would be done.")
 @settings_options()
 @json_option
 def retry(ids: tuple[int, ...], all_failed: bool, out_of_order: bool, yes: bool, as_json: bool, **options: Any) -> int:
@@ -68,7 +68,7 @@ def retry(ids: tuple[int, ...], all_failed: bool, out_of_order: bool, yes: bool,
 @click.option(
     "--yes",
     is_flag=True,
-    help="With ids, discard pending records too: they will never be delivered. Else do it, not only say what would be.",
+    help="With a filter: do it, else only say what would be done. With ids: pending ones too, never to be delivered.",
 )
 @settings_options()
 @json_option
@@ -104,7 +104,7 @@ def _store(options: dict[str, Any]) -> Store:
 
     settings = outbox_settings(options)
     store = Store(settings.db, settings.busy_timeout)
-    exports.hand_over_all(store)
+    exports.turn_all(store)
     return store
 
 
