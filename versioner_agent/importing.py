@@ -1,8 +1,8 @@
 """Importing export files: the events of other outboxes are queued here, verdicts on ours are applied.
 
 All events of one call are queued or none: they are staged in steps and published by one update, as a large enqueue is.
-An imported record is known by the outbox it comes from and its event_id, never by the local dedup identity, and one that
-was pruned by its batch, so that importing twice adds nothing. One import runs at a time: what it finds staged and
+An imported record is known by the outbox it comes from and its event_id, never by the local dedup identity, and what
+is pruned by its batch, so that importing twice adds nothing. One import runs at a time: what it finds staged and
 unpublished was left by a dead one.
 """
 

@@ -331,7 +331,7 @@ def test_what_crossing_an_air_gap_needs_is_kept(path):
             "INSERT INTO export (uid, created_at, state, records, waiting) VALUES (?, 1.5, 'marked', 5, 0)", (uid,)
         )
         connection.execute("UPDATE record SET state = 'exported', batch = -1 WHERE id < 3")
-        connection.execute("INSERT INTO arrival VALUES (7, ?, 'elsewhere', 'host', 2, 1.5, 2.5, 9)", (uid,))
+        connection.execute("INSERT INTO arrival VALUES (7, ?, 'elsewhere', 'host', 2, 1.5, 2.5, 0)", (uid,))
     before = rows_of_tables(path, "outbox", "export", "arrival")
     with open(path, "r+b") as file:
         file.write(b"broken")
