@@ -191,8 +191,9 @@ CLAIM_STRAYS = """
 """
 # Under other uids: who has imported them knows the records.
 REMAKE_EXPORTS = """
-    INSERT OR IGNORE INTO export (id, uid, created_at, state, first_id, last_id, records)
-    SELECT -batch, lower(hex(randomblob(16))), max(queued_at), 'marked', min(id), max(id), count(*)
+    INSERT OR IGNORE INTO export (id, uid, created_at, state, first_id, last_id, records, file)
+    SELECT -batch, lower(hex(randomblob(16))), max(queued_at), 'marked', min(id), max(id), count(*),
+        '(where to was lost in a damage)'
     FROM record WHERE state = 'exported' GROUP BY batch
 """
 
