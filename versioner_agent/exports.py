@@ -44,6 +44,7 @@ class Export(NamedTuple):
     previous: str | None
     digest: str | None
     file: str | None
+    staging: tuple[int, ...] = ()  # batches that were not queued when this one began, which no row tells
 
 
 class Claimed(NamedTuple):
@@ -89,7 +90,7 @@ def has_pending(store: Store, product: str | None) -> bool:
     with store.read() as connection:
         query = NEXT_OF_PRODUCT if product is not None else NEXT_OF_ALL
         named = {"product": product, "after": 0, "until": MAX_ID, "limit": 1}
-        return connection.execute(query.format("id"), named).fetchone() is not None
+        return connection.execute(query.format("id", ""), named).fetchone() is not None
 
 
 def begin(store: Store, product: str | None, now: float) -> Export | None:
@@ -102,7 +103,8 @@ def begin(store: Store, product: str | None, now: float) -> Export | None:
             return None
         values = (os.urandom(16).hex(), now, product)
         export_id = connection.execute(INSERT, values).lastrowid
-        return _export(connection.execute(SELECT + " WHERE id = ?", (export_id,)).fetchone())
+        staging = tuple(row[0] for row in connection.execute(STAGING).fetchall())
+        return _export(connection.execute(SELECT + " WHERE id = ?", (export_id,)).fetchone())._replace(staging=staging)
 
 
 def claim(store: Store, export: Export, after: int, step: int, now: float) -> Claimed:
@@ -110,7 +112,7 @@ def claim(store: Store, export: Export, after: int, step: int, now: float) -> Cl
 
     Damaged ones fail; what was queued since the batch began is left, for others may queue faster than we write.
     """
-    query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format(f"{COLUMNS}, payload")
+    query = _next(export, f"{COLUMNS}, payload")
     named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": step}
     with store.write() as connection:
         with closing(connection.execute(query, named)) as cursor:
@@ -214,9 +216,13 @@ def turn_all(store: Store) -> None:
 
 def _window(connection: sqlite3.Connection, export: Export, after: int, limit: int) -> list[tuple[Any, ...]]:
     """Return id, batch and size of pending records among which those of *export* are."""
-    query = (NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL).format("id, batch, length(payload)")
     named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": limit}
-    return connection.execute(query, named).fetchall()
+    return connection.execute(_next(export, "id, batch, length(payload)"), named).fetchall()
+
+
+def _next(export: Export, columns: str) -> str:
+    query = NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL
+    return query.format(columns, ", ".join(map(str, export.staging)))
 
 
 def exported(store: Store, export: Export) -> Iterator[list[tuple[Record, bytes]]]:
@@ -311,13 +317,6 @@ def sweep(store: Store, now: float) -> None:
         connection.execute(SWEEP, times)
 
 
-def old(store: Store, before: float, most: int) -> list[tuple[int, int]]:
-    """Return ids and sizes of exported records of a batch made before *before*, whose fate is not known."""
-    with store.read() as connection:
-        row = connection.execute(FIND_OLD, (before,)).fetchone() if has_tables(store) else None
-        return connection.execute(EXPORTED_IDS, (-row[0], most)).fetchall() if row else []
-
-
 def _export(row: tuple[object, ...]) -> Export:
     """Return *row* as an Export, each of its own type whatever a damaged file holds."""
     whole = [int(number(value) or 0) for value in row]
@@ -333,7 +332,7 @@ def _export(row: tuple[object, ...]) -> Export:
 
 MAX_ID = 2**63 - 1
 DAMAGED = "the record's digest does not fit: its content was altered on the disk; it was not exported"
-SELECT = f"SELECT {', '.join(Export._fields)} FROM export"  # noqa: S608  # a constant
+SELECT = f"SELECT {', '.join(Export._fields[:-1])} FROM export"  # noqa: S608  # a constant
 INSERT = """
     INSERT INTO export (uid, created_at, state, product_name, previous, last_id) VALUES (?, ?, 'open', ?,
         (SELECT uid FROM export WHERE state IN ('marking', 'marked') ORDER BY id DESC LIMIT 1),
@@ -342,12 +341,18 @@ INSERT = """
 """
 NEXT_OF_ALL = """
     SELECT {} FROM record INDEXED BY record_state
-    WHERE state = 'pending' AND id > :after AND id <= :until ORDER BY id LIMIT :limit
+    WHERE state = 'pending' AND id > :after AND id <= :until
+        AND COALESCE(batch, 0) NOT IN ({})
+    ORDER BY id LIMIT :limit
 """
 NEXT_OF_PRODUCT = """
     SELECT {} FROM record INDEXED BY record_pending
-    WHERE state = 'pending' AND product_name = :product AND id > :after AND id <= :until ORDER BY id LIMIT :limit
+    WHERE state = 'pending' AND product_name = :product AND id > :after AND id <= :until
+        AND COALESCE(batch, 0) NOT IN ({})
+    ORDER BY id LIMIT :limit
 """
+# Its records may lie on both sides of what was claimed before it was published: the first ones would go last.
+STAGING = "SELECT id FROM batch WHERE published = 0 AND waiting = 0"
 CONDEMN = """
     UPDATE record SET state = 'failed', reason = 'damaged', detail = :detail, settled_at = :now, held_since = NULL
     WHERE id = :id AND state = 'pending' AND batch = :batch
@@ -375,10 +380,6 @@ EXPORTED_OF = f"""
     SELECT {COLUMNS}, payload FROM record INDEXED BY record_exported
     WHERE state = 'exported' AND batch = ? AND id > ? ORDER BY id LIMIT ?
 """  # noqa: S608  # a constant
-EXPORTED_IDS = """
-    SELECT id, length(payload) FROM record INDEXED BY record_exported
-    WHERE state = 'exported' AND batch = ? ORDER BY id LIMIT ?
-"""
 UNANSWERED = f"{SELECT} INDEXED BY export_unanswered WHERE awaited + waiting > 0 ORDER BY id LIMIT ?"
 NEXT_HELD = """
     SELECT product_name FROM record INDEXED BY record_held_by_export
@@ -386,12 +387,6 @@ NEXT_HELD = """
 """
 HELD = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' AND product_name = ? LIMIT 1"
 ANY_EXPORTED = "SELECT 1 FROM record INDEXED BY record_held_by_export WHERE state = 'exported' LIMIT 1"
-FIND_OLD = """
-    SELECT id FROM export INDEXED BY export_unanswered
-    WHERE awaited + waiting > 0 AND state = 'marked' AND created_at < ? AND EXISTS (
-        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
-    ) ORDER BY id LIMIT 1
-"""
 _SWEPT = """
     FROM export WHERE (state = 'open' AND created_at < :open)
         OR (state = 'marked' AND awaited <= 0 AND id < (SELECT max(id) FROM export) - :kept)

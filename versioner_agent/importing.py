@@ -1,8 +1,9 @@
 """Importing export files: the events of other outboxes are queued here, verdicts on ours are applied.
 
 All events of one call are queued or none: they are staged in steps and published by one update, as a large enqueue is.
-An imported record is known by the outbox it comes from and its event_id, never by the local dedup identity, so that
-importing twice adds nothing. One import runs at a time: what it finds staged and unpublished was left by a dead one.
+An imported record is known by the outbox it comes from and its event_id, never by the local dedup identity, and what
+is pruned by its batch, so that importing twice adds nothing. One import runs at a time: what it finds staged and
+unpublished was left by a dead one.
 """
 
 from __future__ import annotations
@@ -207,6 +208,7 @@ class _Staging:
             keep_pages(connection)
             check_space(store, connection)
             self.batch = connection.execute(INSERT_BATCH, (KIND, time.time())).lastrowid
+            self._have_arrived = [_was_whole(connection, file) for file in files]
 
     def stage(self, chunk: list[tuple[int, Exported]]) -> None:
         """Add events, each with the number of its file; what is here already is counted."""
@@ -216,7 +218,7 @@ class _Staging:
             connection.execute(TOUCH_BATCH, (time.time(), self.batch))
             next_id = connection.execute(SELECT_NEXT_ID).fetchone()[0]
             for number, event in chunk:
-                if self._is_present(connection, event):
+                if self._have_arrived[number] or self._is_present(connection, event):
                     self.present[number] += 1
                     continue
                 connection.execute(INSERT_IMPORTED, _row(next_id, event, self.batch))
@@ -309,8 +311,16 @@ def _row(record_id: int, event: Exported, batch: int | None) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def _was_whole(connection: sqlite3.Connection, file: ExportFile) -> bool:
+    """Tell whether all of *file* was here before: some of it may be pruned by now, and must not be sent again."""
+    header, records, _ = file.checked
+    return connection.execute(FIND_WHOLE, (header.batch, header.outbox, records)).fetchone() is not None
+
+
 FIND_UNPUBLISHED = "SELECT id FROM batch WHERE kind = ? AND published = 0 AND waiting = 0"
 FIND_ARRIVAL = "SELECT 1 FROM arrival WHERE uid = ?"
+# A batch that is written again has fewer records than at first, never others.
+FIND_WHOLE = "SELECT 1 FROM arrival WHERE uid = ? AND origin = ? AND records >= ?"
 # Who sweeps batches goes by their age.
 TOUCH_BATCH = "UPDATE batch SET created_at = ? WHERE id = ?"
 FIND_FIRST_STAGED = "SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT 1"
@@ -321,6 +331,6 @@ INSERT_IMPORTED = """
     ) VALUES (?, ?, 'staged', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 INSERT_ARRIVAL = """
-    INSERT OR IGNORE INTO arrival (uid, origin, host, sequence, created_at, imported_at, records)
-    VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO arrival (uid, origin, host, sequence, created_at, imported_at, records)
+    VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (uid) DO UPDATE SET records = max(records, excluded.records)
 """

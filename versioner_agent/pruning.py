@@ -1,7 +1,7 @@
 """Forgetting what is old and giving its space back, in steps that nobody who queues has to wait for.
 
 What goes: delivered and discarded records that were settled before a given time; of those that were imported, the ones
-whose verdict was told before it; where that is set, exported ones without a verdict (see `exports.old`). What waits,
+whose verdict was told before it; where that is set, exported ones without a verdict. What waits,
 failed or is still to be told stays, however old. Batches that were imported stay known for good: a file that turns up
 again must add nothing. Used only by whoever holds the flusher lock.
 """
@@ -12,7 +12,6 @@ import sqlite3
 import time
 from collections.abc import Callable
 
-from versioner_agent import exports
 from versioner_agent.batches import keep_pages
 from versioner_agent.errors import OutboxFull
 from versioner_agent.files import RESERVE_BYTES
@@ -58,7 +57,7 @@ class Pruner:
 
     def prune_exported(self, before: float) -> int:
         """Remove one step of what was exported in batches made before *before* and has no verdict; returns how many."""
-        return self._step(exports.old(self._store, before, self._records), _remove_exported)
+        return self._step(self._old_exported(before), _remove_exported)
 
     def give_space_back(self) -> bool:
         """Return one step of free pages to the file system, but for KEPT_FREE_BYTES; False when there are no more.
@@ -84,6 +83,13 @@ class Pruner:
                 return []  # not upgraded yet: nothing is delivered from it either
             rows = connection.execute(FIND_OLD, (before, self._records)).fetchall()
             return rows or connection.execute(FIND_TOLD, (before, self._records)).fetchall()
+
+    def _old_exported(self, before: float) -> list[tuple[int, int]]:
+        with self._store.read() as connection:
+            if self._store.version < EXPORTS_SINCE:
+                return []
+            row = connection.execute(FIND_OLD_EXPORT, (before,)).fetchone()
+            return connection.execute(EXPORTED_IDS, (-row[0], self._records)).fetchall() if row else []
 
     def _step(self, rows: list[tuple[int, int]], remove_one: _Remove) -> int:
         """Remove some of *rows*, ids and sizes of records; returns how many."""
@@ -135,4 +141,14 @@ FIND_TOLD = """
 """
 PRUNE = "DELETE FROM record WHERE id = ? AND state IN ('delivered', 'discarded')"
 UNTELL = "DELETE FROM told WHERE record_id = ?"
+FIND_OLD_EXPORT = """
+    SELECT id FROM export INDEXED BY export_unanswered
+    WHERE awaited + waiting > 0 AND state = 'marked' AND created_at < ? AND EXISTS (
+        SELECT 1 FROM record INDEXED BY record_exported WHERE state = 'exported' AND batch = -export.id
+    ) ORDER BY id LIMIT 1
+"""
+EXPORTED_IDS = """
+    SELECT id, length(payload) FROM record INDEXED BY record_exported
+    WHERE state = 'exported' AND batch = ? ORDER BY id LIMIT ?
+"""
 PRUNE_EXPORTED = "DELETE FROM record WHERE id = ? AND state = 'exported'"

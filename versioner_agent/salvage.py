@@ -96,7 +96,7 @@ class Salvage:
         return counts, sorted(self._unreadable - {row[0] for row in run("SELECT id FROM record").fetchall()})
 
     def _finish_exports(self) -> None:
-        """Let no batch to come take what an earlier one, of which nothing else is left, had claimed or exported."""
+        """Let no batch to come take what an earlier one had claimed or exported, and find those that are lost again."""
         run = self._connection.execute
         run(
             """
@@ -104,13 +104,16 @@ class Salvage:
             WHERE state = 'pending' AND batch < 0 AND -batch NOT IN (SELECT id FROM export)
             """
         )
+        last = run(LAST_EXPORT, (MAX_PRUNED,)).fetchone()[0]
+        # Without a batch, no receipt would find them, and nobody could write them again.
+        run(CLAIM_STRAYS, (-last - 1, MAX_PRUNED))
+        run(REMAKE_EXPORTS)
         run(
             """
             UPDATE export SET awaited = (SELECT count(*) FROM record WHERE state = 'exported' AND batch = -export.id)
             """
         )
-        last = run("SELECT max(-batch) FROM record WHERE state = 'exported'").fetchone()[0] or 0
-        last = max(last, run("SELECT COALESCE(max(id), 0) FROM export").fetchone()[0])
+        last = run(LAST_EXPORT, (MAX_PRUNED,)).fetchone()[0]
         if 0 < last < MAX_PRUNED:
             run("DELETE FROM sqlite_sequence WHERE name = 'export'")
             run("INSERT INTO sqlite_sequence (name, seq) VALUES ('export', ?)", (last,))
@@ -176,6 +179,24 @@ class Salvage:
                 last_delivered_at if isinstance(last_delivered_at, float) else None,
             ),
         )
+
+
+LAST_EXPORT = """
+    SELECT max(
+        (SELECT COALESCE(max(id), 0) FROM export),
+        (SELECT COALESCE(max(-batch), 0) FROM record WHERE state = 'exported' AND batch > -?)
+    )
+"""
+CLAIM_STRAYS = """
+    UPDATE record SET batch = ?1 WHERE state = 'exported' AND (batch IS NULL OR batch >= 0 OR batch <= -?2)
+"""
+# Under other uids: who has imported them knows the records.
+REMAKE_EXPORTS = """
+    INSERT OR IGNORE INTO export (id, uid, created_at, state, first_id, last_id, records, file)
+    SELECT -batch, lower(hex(randomblob(16))), max(queued_at), 'marked', min(id), max(id), count(*),
+        '(where to was lost in a damage)'
+    FROM record WHERE state = 'exported' GROUP BY batch
+"""
 
 
 def _is_plausible(values: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from bench import DELIVERED
 from host import COMMAND
 
 import versioner_agent.outbox
-from versioner_agent import damage, events, exports, review
+from versioner_agent import damage, events, exports, pruning, review
 from versioner_agent.batches import CHUNK_BYTES
 from versioner_agent.config import load
 from versioner_agent.errors import OutboxBusy
@@ -154,6 +154,23 @@ def test_a_batch_that_is_published_meanwhile_goes_before_what_is_queued_after_it
 
     assert [record.id for record, _ in first.records] == [1]
     assert (written.records, written.last_id) == (602, 602)
+
+
+def test_what_is_published_while_an_export_runs_is_left_whole_for_the_next_one(outbox, ledger):
+    """Some of it lies before what is claimed by then: that would be exported behind the rest of its batch."""
+    queue(outbox, "a", 4)
+    rows(ledger, "INSERT INTO batch (id, kind, created_at) VALUES (7, 'enqueue', ?)", time.time())
+    rows(ledger, "UPDATE record SET state = 'staged', batch = 7 WHERE id IN (2, 4)")
+    batch = exports.begin(ledger.store, None, time.time())
+    first = ledger.claim(batch, 0, 2, time.time())
+    rows(ledger, "UPDATE batch SET published = 1, waiting = 2 WHERE id = 7")
+    while ledger.hand_over():
+        pass
+    second = ledger.claim(batch, first.last_id, 2, time.time())
+
+    assert [record.id for record, _ in first.records] == [1, 3]
+    assert second.is_end
+    assert not second.records
 
 
 def test_an_export_ends_however_fast_others_queue(outbox, ledger, settings, tmp_path, monkeypatch):
@@ -501,8 +518,8 @@ def test_memory_is_flat(outbox, tmp_path):
 @pytest.mark.parametrize(
     "query",
     [exports.FIND_MARKING, exports.COUNT_MARKING, exports.HELD, exports.ANY_EXPORTED, exports.NEXT_HELD,
-     exports.UNANSWERED, exports.FIND_OLD, exports.EXPORTED_OF, exports.EXPORTED_IDS,
-     exports.NEXT_OF_ALL.format("id"), exports.NEXT_OF_PRODUCT.format("id")],
+     exports.UNANSWERED, pruning.FIND_OLD_EXPORT, exports.EXPORTED_OF, pruning.EXPORTED_IDS,
+     exports.NEXT_OF_ALL.format("id", "7"), exports.NEXT_OF_PRODUCT.format("id", "7")],
 )  # fmt: skip
 def test_nothing_that_is_asked_often_looks_through_a_table(outbox, ledger, query):
     queue(outbox, "a")

@@ -331,7 +331,7 @@ def test_what_crossing_an_air_gap_needs_is_kept(path):
             "INSERT INTO export (uid, created_at, state, records, waiting) VALUES (?, 1.5, 'marked', 5, 0)", (uid,)
         )
         connection.execute("UPDATE record SET state = 'exported', batch = -1 WHERE id < 3")
-        connection.execute("INSERT INTO arrival VALUES (7, ?, 'elsewhere', 'host', 2, 1.5, 2.5, 9)", (uid,))
+        connection.execute("INSERT INTO arrival VALUES (7, ?, 'elsewhere', 'host', 2, 1.5, 2.5, 0)", (uid,))
     before = rows_of_tables(path, "outbox", "export", "arrival")
     with open(path, "r+b") as file:
         file.write(b"broken")
@@ -344,3 +344,23 @@ def test_what_crossing_an_air_gap_needs_is_kept(path):
 def rows_of_tables(path, *names):
     with contextlib.closing(sqlite3.connect(path)) as connection:
         return [connection.execute(f"SELECT * FROM {name}").fetchall() for name in names]
+
+
+def test_exported_records_whose_batch_is_lost_are_in_one_that_can_be_written_again(path):
+    """They hold their products: `status` must show it, and a receipt must find them."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE record SET state = 'exported', batch = -7 WHERE id = 1")
+        connection.execute("UPDATE record SET state = 'exported', batch = ? WHERE id = 2", (-(2**40),))
+    with open(path, "r+b") as file:
+        file.write(b"broken")
+    mend(path)
+
+    with contextlib.closing(Store(path)) as store:
+        overview = review.stats(store).exports
+        batches = [review.show(store, each)[0].batch for each in (1, 2)]
+    assert [(each.id, each.state, each.records, each.awaited) for each in overview.batches] == [
+        (7, "marked", 1, 1),
+        (8, "marked", 1, 1),
+    ]
+    assert overview.held_products == 1
+    assert batches == [-7, -8]
