@@ -477,7 +477,7 @@ def test_a_mended_file_knows_what_is_awaited_and_gives_no_number_again(outbox, l
         connection.execute("DELETE FROM export WHERE id = 2")
     mend(outbox, ledger)
 
-    assert rows(ledger, "SELECT id, awaited FROM export") == [(1, 1)]
+    assert rows(ledger, "SELECT id, awaited FROM export") == [(1, 1), (2, 2)]
     assert rows(ledger, "SELECT id, batch FROM record WHERE state = 'exported'") == [(2, -1), (3, -2), (4, -2)]
     queue(outbox, "a")
     assert exports.begin(ledger.store, None, 0.0).id == 3
