@@ -80,11 +80,12 @@ def _statements(text: str) -> Iterator[tuple[str | None, int]]:
             line += word.count("\n")
 
 
-#: What matters in valid TOML. Strings and comments come whole: what looks like a key inside of them is none.
+#: What matters in valid TOML. Strings and comments come whole: what looks like a key inside of them is none. No group
+#: is repeated possessively: Python before 3.11.5 goes wrong there (https://github.com/python/cpython/issues/101955).
 _WORD = (
-    r'(?P<key>"""(?:\\.|(?!""").)*+"{3,5}'
-    r"|'''(?:(?!''').)*+'{3,5}"
-    r'|"(?:\\.|[^"\\])*+"'
+    r'(?P<key>"""(?:\\.|(?!""")[^\\])*"{3,5}'
+    r"|'''(?:(?!''').)*'{3,5}"
+    r'|"(?:\\.|[^"\\])*"'
     r"|'[^']*+'"
     r"|[A-Za-z0-9_-]++)"
     r"|\#[^\n]*+|[\n\[\]{}]|[^\n\[\]{}\#\"'A-Za-z0-9_-]++"
