@@ -296,6 +296,9 @@ def _mark(ledger: Ledger, lock: FlusherLock, batch: _Batch, path: str) -> None:
         exc.message += (
             f"; {path} is complete, but nothing was marked as exported: its records will be sent from here too"
         )
+        exc.hint = (
+            "delete it and export again: carried all the same, it sends them twice, with the same Idempotency-Key"
+        )
         raise
 
 

@@ -29,6 +29,7 @@ from versioner_agent.storage import OutboxMissing, Store
 
 #: Why nothing is sent though something is pending.
 HELD = "exported records of the same products go first: a receipt, `retry` or `discard` of those lets them go"
+LENT = "the outbox was lent to an export"
 TIDY_S = 1.0  # that a flush goes on forgetting what is old when all is delivered
 HAND_OVER_GRACE_S = 4.0  # what requests under way get when an agent waits: it is promised its turn within 5 s
 
@@ -136,7 +137,7 @@ def _drain(
             if turn.signal or not turn.is_handed_over:
                 why = (HELD if _are_all_held(ledger) else "") or in_trouble(ledger.destination()[1]) or turn.why
                 break
-            why = "its agent has taken over" if lock.presence().has_agent else "the outbox was lent to an export"
+            why = "its agent has taken over" if lock.presence().has_agent else LENT
         is_free = _watch(ledger, lock, end, on_progress, may_deliver=not sharing)
         for record in review.failed_since(ledger.store, started):
             keep(record)
@@ -169,7 +170,7 @@ def _why_left(ledger: Ledger, lock: FlusherLock, why: str) -> str:
     if _are_all_held(ledger):
         return HELD
     if not presence.is_delivering:
-        return f"{why}, and none is running"
+        return why if why == LENT else f"{why}, and none is running"
     return why if presence.has_agent else f"pid {presence.pid or 'unknown'} has its turn at delivering"
 
 

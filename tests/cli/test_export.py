@@ -19,8 +19,8 @@ from exports import sql
 from host import COMMAND, eventually
 from scripted import accepted, hanging, refused
 
-from versioner_agent import review, schema
-from versioner_agent.errors import UsageError
+from versioner_agent import config, exporting, review, schema
+from versioner_agent.errors import LockHeld, UsageError
 from versioner_agent.locks import FlusherLock
 from versioner_agent.newfile import NewFile
 
@@ -674,3 +674,16 @@ def test_root_writes_the_file_as_root_and_uses_the_outbox_as_its_owner(reachable
     assert done.returncode == 0, done.stderr
     assert (place / "events.jsonl").stat().st_uid == 0
     assert {path.stat().st_uid for path in state.iterdir()} == {65534}
+
+
+def test_an_export_whose_lock_was_taken_away_says_what_to_do_with_its_file(outbox, tmp_path, monkeypatch):
+    outbox.enqueue("build", {"product_name": "p", "version": "1", "status": "completed"})
+    monkeypatch.setattr(FlusherLock, "renew", lambda _: False)
+    settings = config.load({"db": outbox.store.path}, {}, "/dev/null")
+
+    with pytest.raises(LockHeld) as told:
+        exporting.export(settings, str(tmp_path / "events.jsonl"))
+
+    assert "complete, but nothing was marked" in told.value.message
+    assert told.value.hint.startswith("delete it and export again")
+    assert review.stats(outbox.store).counts["pending"] == 1
