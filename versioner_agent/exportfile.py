@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from versioner_agent.records import Record
@@ -53,8 +54,13 @@ class Header(NamedTuple):
 
 def event_line(record: Record, payload: bytes, outbox: str) -> dict[str, Any]:
     """Return the object for *record*, whose digest was checked; it comes from *outbox* unless it was imported there."""
-    found = record._asdict() | {"origin": record.origin or outbox, "payload": payload.decode()}
-    return {key: found[key] for key in EVENT_KEYS}
+    line: dict[str, Any] = dict(zip(EVENT_KEYS, _EVENT_VALUES(record), strict=False))
+    line["origin"] = record.origin or outbox
+    line["payload"] = payload.decode()
+    return line
+
+
+_EVENT_VALUES = attrgetter(*EVENT_KEYS[:-1])
 
 
 def verdict_line(record: Record) -> dict[str, Any]:
@@ -106,4 +112,7 @@ class Writer:
 
 
 def _as_line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    return _ENCODER.encode(value).encode() + b"\n"
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -16,7 +16,6 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
 from versioner_agent import __version__, exports
-from versioner_agent.batches import keep_pages
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError, LockHeld, OutboxError, UsageError
 from versioner_agent.exportfile import FORMAT, MAX_LINE_BYTES, Header, Writer, event_line, is_compressed
@@ -241,8 +240,6 @@ def _write(
     except OutboxMissing:
         return None
     migrate(ledger)
-    with store.read() as connection:
-        keep_pages(connection)
     export = None
     while export is None:
         while ledger.hand_over():

@@ -14,12 +14,13 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from versioner_agent.batches import CHUNK_BYTES, FIND_PUBLISHED
+from versioner_agent.batches import CHUNK_BYTES, FIND_PUBLISHED, keep_pages
 from versioner_agent.records import COLUMNS, Record, as_record, is_intact, number, text
 from versioner_agent.schema import EXPORTS_SINCE
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import Store
 
-STEP = 250  # records that one transaction claims or turns: their rows are written anew
+PAGE = 500  # records that are read at once
 OPEN_KEPT_S = 30 * 86_400.0  # a batch that may still be marked, or whose file may be replaced
 ANSWERED_KEPT = 1000  # batches of which nothing is awaited any more, the newest
 LOOKED_AT = 2000  # records that one read passes over: some milliseconds
@@ -107,19 +108,21 @@ def begin(store: Store, product: str | None, now: float) -> Export | None:
         return _export(connection.execute(SELECT + " WHERE id = ?", (export_id,)).fetchone())._replace(staging=staging)
 
 
-def claim(store: Store, export: Export, after: int, step: int, now: float) -> Claimed:
-    """Claim up to *step* pending records of the batch behind the id *after*, in one transaction.
+def claim(store: Store, export: Export, after: int, size: StepSize, most: int, now: float) -> Claimed:
+    """Claim up to *most* pending records of the batch behind the id *after*, in one transaction of *size*.
 
     Damaged ones fail; what was queued since the batch began is left, for others may queue faster than we write.
     """
-    query = _next(export, f"{COLUMNS}, payload")
-    named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": step}
     with store.write() as connection:
-        with closing(connection.execute(query, named)) as cursor:
+        size.start()
+        keep_pages(connection)
+        limit = min(size.value, most)
+        with closing(_pending(connection, export, f"{COLUMNS}, payload", after, limit)) as cursor:
             rows = _fitting(cursor)
         claimed = connection.executemany(CLAIM, [(-export.id, row[0]) for row in rows]).rowcount
         if rows and claimed != len(rows):
             raise store.suspected("the index of pending records names others")
+    size.end(len(rows))
     intact: list[tuple[Record, bytes]] = []
     damaged: list[Record] = []
     for record, payload in map(_as_found, rows):  # outside of the transaction, for others want to write
@@ -189,47 +192,51 @@ def count_claimed(store: Store, export: Export) -> int:
         after = int(seen[-1][0])
 
 
-def turn(store: Store, step: int = STEP) -> bool:
-    """Turn one *step* of a batch that is being marked into exported records; False when there is none left."""
+def turn(store: Store, size: StepSize) -> bool:
+    """Turn one step of a batch that is being marked into exported records; False when there is none left."""
     with store.read() as connection:
         if not has_tables(store) or not is_marking(connection):
             return False
     with store.write() as connection:
+        size.start()
+        keep_pages(connection)
         row = connection.execute(f"{SELECT} WHERE state = 'marking' ORDER BY id LIMIT 1").fetchone()
         if row is None:
             return True
-        export = _export(row)
-        found = _window(connection, export, max(export.marked_to, (export.first_id or 0) - 1), step)
+        export, limit = _export(row), size.value
+        found = _window(connection, export, max(export.marked_to, (export.first_id or 0) - 1), limit)
         seen = _fitting(found)
         turned = [(record_id,) for record_id, batch, _ in seen if batch == -export.id]
         connection.executemany(TURN, turned)
         named = {"id": export.id, "turned": len(turned), "marked_to": seen[-1][0] if seen else 0}
-        connection.execute(GO_ON if len(seen) == step or len(seen) < len(found) else END, named)
+        connection.execute(GO_ON if len(seen) == limit or len(seen) < len(found) else END, named)
+    size.end(len(seen))
     return True
 
 
 def turn_all(store: Store) -> None:
     """Turn all that counts as exported: until then it looks as if it were pending. Raises OutboxError."""
-    while turn(store):
+    size = StepSize()
+    while turn(store, size):
         pass
 
 
 def _window(connection: sqlite3.Connection, export: Export, after: int, limit: int) -> list[tuple[Any, ...]]:
     """Return id, batch and size of pending records among which those of *export* are."""
-    named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": limit}
-    return connection.execute(_next(export, "id, batch, length(payload)"), named).fetchall()
+    return _pending(connection, export, "id, batch, length(payload)", after, limit).fetchall()
 
 
-def _next(export: Export, columns: str) -> str:
+def _pending(connection: sqlite3.Connection, export: Export, columns: str, after: int, limit: int) -> sqlite3.Cursor:
     query = NEXT_OF_PRODUCT if export.product_name is not None else NEXT_OF_ALL
-    return query.format(columns, ", ".join(map(str, export.staging)))
+    named = {"product": export.product_name, "after": after, "until": export.last_id or 0, "limit": limit}
+    return connection.execute(query.format(columns, ", ".join(map(str, export.staging))), named)
 
 
 def exported(store: Store, export: Export) -> Iterator[list[tuple[Record, bytes]]]:
     """Yield pages of those records of *export* that have no verdict, in their order; nothing is locked between."""
     after = 0
     while True:
-        with store.read() as connection, closing(connection.execute(EXPORTED_OF, (-export.id, after, STEP))) as cursor:
+        with store.read() as connection, closing(connection.execute(EXPORTED_OF, (-export.id, after, PAGE))) as cursor:
             rows = _fitting(cursor)
         if not rows:
             return

@@ -21,6 +21,7 @@ from versioner_agent.pruning import Pruner
 from versioner_agent.records import COLUMNS, Record, as_record, number, text
 from versioner_agent.schema import ALL_STATES
 from versioner_agent.settling import Settlement
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import Store, placeholders
 from versioner_agent.text import bounded
 
@@ -73,6 +74,8 @@ class Ledger:
         """Use *store*, which belongs to the calling thread."""
         self.store = store
         self._pruner = Pruner(store)
+        self._claiming = StepSize()
+        self._turning = StepSize()
         #: Wrapped around what takes long, with its name: somebody may be waiting for a sign of life.
         self.at_length: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
 
@@ -152,8 +155,8 @@ class Ledger:
 
     def hand_over(self) -> bool:
         """Do one step of what others have published or exported and died; False when there is nothing left."""
-        return self._step(lambda step: hand_over_batch(self.store, step), CHUNK) or self._step(
-            lambda step: exports.turn(self.store, step), exports.STEP
+        return self._step(lambda step: hand_over_batch(self.store, step), CHUNK) or self._sized(
+            lambda size: exports.turn(self.store, size), self._turning
         )
 
     def head(self, key: str) -> tuple[Record, bytes] | None:
@@ -262,7 +265,7 @@ class Ledger:
 
     def claim(self, export: exports.Export, after: int, wanted: int, now: float) -> exports.Claimed:
         """Claim a step of at most *wanted* pending records behind the id *after* for *export*."""
-        return self._step(lambda step: exports.claim(self.store, export, after, step, now), min(exports.STEP, wanted))
+        return self._sized(lambda size: exports.claim(self.store, export, after, size, wanted, now), self._claiming)
 
     def with_room(self, act: Callable[[], Done]) -> Done:
         """Do *act*, a small write, on a full disk with the space that is set aside."""
@@ -299,6 +302,15 @@ class Ledger:
         except OutboxFull:
             reserve.give_up(self.store)
             return act(1)
+
+    def _sized(self, act: Callable[[StepSize], Done], size: StepSize) -> Done:
+        """Do *act* in a step of *size*, on a full disk likewise."""
+
+        def step(most: int) -> Done:
+            size.value = most
+            return act(size)
+
+        return self._step(step, size.value)
 
     def give_space_back(self) -> bool:
         """Return a step of free pages to the file system; False when there are no more to return."""

@@ -17,13 +17,9 @@ from versioner_agent.errors import OutboxFull
 from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.reserve import give_up
 from versioner_agent.schema import EXPORTS_SINCE
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import Store
 
-#: What one transaction should take (seconds), and when it goes over to its commit: none may take over 0.1.
-AIM_S = 0.04
-WORK_S = 0.025
-FIRST_STEP = 32
-MOST_STEP = 1000
 #: Payloads that one transaction removes at most (bytes): their pages are wiped, and kept in the journal until then.
 STEP_BYTES = 1024 * 1024
 #: Free space inside the file that is kept, for new events can use it on a full disk.
@@ -32,24 +28,14 @@ KEPT_FREE_BYTES = 8 * RESERVE_BYTES
 _Remove = Callable[[sqlite3.Connection, int], int]
 
 
-def next_step(done: int, taken_s: float) -> int:
-    """Return how much fits into the next transaction, after one that did *done* took *taken_s*; at least 1.
-
-    It is believed at once that the disk has become slower, and doubled at most when it is faster.
-    """
-    fits = int(done * AIM_S / taken_s) if taken_s > 0 else MOST_STEP
-    return max(1, min(fits, 2 * done, MOST_STEP))
-
-
 class Pruner:
-    """Removes from one outbox; remembers how much a transaction may do here."""
+    """Removes from one outbox, as much in one transaction as the disk allows."""
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         """Remove from *store*, which belongs to the calling thread; *clock* counts seconds."""
         self._store = store
-        self._clock = clock
-        self._records = FIRST_STEP
-        self._pages = FIRST_STEP
+        self._records = StepSize(clock)
+        self._pages = StepSize(clock)
 
     def prune(self, before: float) -> int:
         """Remove one step of what was settled, or told, before *before* (seconds since 1970); returns how many."""
@@ -68,12 +54,12 @@ class Pruner:
             return False
         try:
             with self._store.write() as connection:
-                started = self._clock()
-                connection.execute(f"PRAGMA incremental_vacuum({self._pages})").fetchall()
+                self._pages.start()
+                connection.execute(f"PRAGMA incremental_vacuum({self._pages.value})").fetchall()
         except OutboxFull:
-            self._pages = 1
+            self._pages.value = 1
             return False
-        self._pages = next_step(self._pages, self._clock() - started)
+        self._pages.end(self._pages.value)
         return True
 
     def _old(self, before: float) -> list[tuple[int, int]]:
@@ -81,15 +67,15 @@ class Pruner:
         with self._store.read() as connection:
             if self._store.version < EXPORTS_SINCE:
                 return []  # not upgraded yet: nothing is delivered from it either
-            rows = connection.execute(FIND_OLD, (before, self._records)).fetchall()
-            return rows or connection.execute(FIND_TOLD, (before, self._records)).fetchall()
+            rows = connection.execute(FIND_OLD, (before, self._records.value)).fetchall()
+            return rows or connection.execute(FIND_TOLD, (before, self._records.value)).fetchall()
 
     def _old_exported(self, before: float) -> list[tuple[int, int]]:
         with self._store.read() as connection:
             if self._store.version < EXPORTS_SINCE:
                 return []
             row = connection.execute(FIND_OLD_EXPORT, (before,)).fetchone()
-            return connection.execute(EXPORTED_IDS, (-row[0], self._records)).fetchall() if row else []
+            return connection.execute(EXPORTED_IDS, (-row[0], self._records.value)).fetchall() if row else []
 
     def _step(self, rows: list[tuple[int, int]], remove_one: _Remove) -> int:
         """Remove some of *rows*, ids and sizes of records; returns how many."""
@@ -105,17 +91,15 @@ class Pruner:
         """Remove as many of *rows* as one transaction has time and room for, at least one; returns how many."""
         done = size = removed = 0
         with self._store.write() as connection:
-            started = self._clock()
+            self._records.start()
             keep_pages(connection)
             for record_id, length in rows:
                 size += length
-                if done and (size > STEP_BYTES or self._clock() - started > WORK_S):
+                if done and (size > STEP_BYTES or self._records.is_over):
                     break
                 removed += remove_one(connection, record_id)
                 done += 1
-        taken_s = self._clock() - started
-        if done == self._records or taken_s > WORK_S:
-            self._records = next_step(done, taken_s)
+        self._records.end(done)
         return removed
 
     def _remove_one(self, connection: sqlite3.Connection, record_id: int) -> int:

@@ -20,6 +20,7 @@ from versioner_agent.errors import OutboxBusy
 from versioner_agent.exporting import export, export_to, mark
 from versioner_agent.flusher import LOOK_S
 from versioner_agent.ledger import Ledger
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import Store
 from versioner_agent.upkeep import MAINTENANCE_S
 
@@ -43,6 +44,13 @@ def settings(outbox):
 def ledger(outbox):
     with contextlib.closing(Store(outbox.store.path)) as store:
         yield Ledger(store)
+
+
+def of(records):
+    """A step of so many records."""
+    size = StepSize()
+    size.value = records
+    return size
 
 
 def claimed(ledger, product=None, limit=500):
@@ -110,7 +118,7 @@ def test_every_step_turns_a_part_and_the_counts_stay(outbox, ledger):
     queue(outbox, "a", 7)
     marked(ledger)
     seen = []
-    while exports.turn(ledger.store, 2):
+    while exports.turn(ledger.store, of(2)):
         seen.append(rows(ledger, "SELECT count(*) FROM record WHERE state = 'exported'")[0][0])
         assert states(ledger) == {"exported": 7}
 

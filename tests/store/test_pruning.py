@@ -15,7 +15,8 @@ from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.events import validate
 from versioner_agent.flusher import Options
 from versioner_agent.ledger import Ledger
-from versioner_agent.pruning import AIM_S, FIRST_STEP, MOST_STEP, Pruner, next_step
+from versioner_agent.pruning import Pruner
+from versioner_agent.stepping import FIRST_STEP, MOST_STEP
 from versioner_agent.storage import Store
 from versioner_agent.upkeep import SHORTEST_REST_S, Upkeep
 
@@ -153,14 +154,6 @@ def test_imported_batches_stay_known(outbox):
 
 
 # --- in steps
-
-
-def test_a_step_takes_what_fits_into_its_time():
-    assert next_step(100, AIM_S) == 100
-    assert next_step(100, AIM_S / 10) == 200
-    assert next_step(100, AIM_S * 10) == 10
-    assert next_step(1, 60.0) == 1
-    assert next_step(MOST_STEP, 0.0) == MOST_STEP
 
 
 @pytest.mark.parametrize(("per_record_s", "least", "most"), [(0.0, 100, MOST_STEP), (0.003, 8, 12), (0.5, 1, 1)])
