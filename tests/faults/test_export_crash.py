@@ -10,12 +10,16 @@ import os
 import pathlib
 import sqlite3
 
+import pytest
 from crash import COMMAND, killed_at, needs_strace, points_of, sweep, traced
 from specimen import records_of
 
+from versioner_agent.stepping import FIRST_STEP
+
 pytestmark = needs_strace
 CALLS = ("pwrite64", "fdatasync", "fsync", "write", "linkat", "rename", "renameat", "renameat2", "unlinkat")
-EVENTS = 5
+#: Of what fits into one step, at every point that the sweep chooses; of what takes several, at some of them.
+SIZES = pytest.mark.parametrize(("events", "every"), [(5, 1), (3 * FIRST_STEP, 7)], ids=["one step", "steps"])
 
 
 def checked(path):
@@ -47,10 +51,11 @@ def counts_of(host):
 
 
 @sweep
-def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_path, chosen):
+@SIZES
+def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_path, chosen, events, every):
     """What is marked is in a whole file; what is not is still pending, and the next export has it."""
     host = host_for()
-    host.queue("a", EVENTS - 1)
+    host.queue("a", events - 1)
     host.queue("b")
     host.close_outbox()
     state = os.path.dirname(host.path)
@@ -61,27 +66,30 @@ def test_an_export_killed_anywhere_leaves_a_whole_file_or_none(host_for, tmp_pat
     points = points_of(command, CALLS, env=host.env)
     assert {call for call, _ in points} >= {"pwrite64", "fdatasync", "fsync", "linkat", "unlinkat"}
     found = collections.Counter()
-    for call, number in chosen(points):
+    missed = 0
+    for call, number in chosen(points) if chosen is list else chosen(points)[::every]:
         restored(host, pristine)
         for path in (first, second):
             path.unlink(missing_ok=True)
         was_killed, _ = killed_at(call, number, command, env=host.env)
-        assert was_killed, (call, number)
+        missed += not was_killed
         if first.exists():
             assert checked(first) == ids
         counts = counts_of(host)
-        assert counts in ({"pending": EVENTS}, {"exported": EVENTS}), (call, number, counts)
+        assert counts in ({"pending": events}, {"exported": events}), (call, number, counts)
         assert first.exists() or "pending" in counts, (call, number)
         done = host.run("export", str(second))
         assert done.returncode == 0, (call, number, done.stderr)
         assert (checked(second) if second.exists() else []) == (ids if "pending" in counts else []), (call, number)
-        assert counts_of(host) == {"exported": EVENTS}
+        assert counts_of(host) == {"exported": events}
         with contextlib.closing(sqlite3.connect(host.path)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             assert set(connection.execute("SELECT state FROM record")) == {("exported",)}
-            assert connection.execute("SELECT sum(awaited), sum(waiting) FROM export").fetchone() == (EVENTS, 0)
+            assert connection.execute("SELECT sum(awaited), sum(waiting) FROM export").fetchone() == (events, 0)
         found[(first.exists(), next(iter(counts)))] += 1
     assert set(found) == {(False, "pending"), (True, "pending"), (True, "exported")}
+    # Where steps are as long as the disk allows, the last calls of one run may have no like in another.
+    assert missed <= (events > FIRST_STEP) * sum(found.values()) // 10
 
 
 def test_a_file_left_by_an_export_that_was_killed_before_marking_is_replaced(host_for, tmp_path):
