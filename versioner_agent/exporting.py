@@ -59,11 +59,19 @@ class Marked(NamedTuple):
     was_marked: bool  # before, so that nothing was done
 
 
-def export(settings: Settings, path: str, *, product: str | None = None, limit: int | None = None) -> Exported | None:
+def export(
+    settings: Settings,
+    path: str,
+    *,
+    product: str | None = None,
+    limit: int | None = None,
+    on_marked: Callable[[Exported], None] = lambda _: None,
+) -> Exported | None:
     """Write what is pending, of *product* only and up to *limit*, to the new file *path*, and mark it as exported.
 
-    None where nothing is pending. Raises UsageError for a *path* that is taken, LockHeld, OutboxError, AgentError; then
-    nothing is marked.
+    *on_marked* is called when all is done but for turning the records, which takes longer than writing them. None where
+    nothing is pending. Raises UsageError for a *path* that is taken, LockHeld, OutboxError, AgentError; then nothing is
+    marked.
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         check_free(store, path)
@@ -74,10 +82,14 @@ def export(settings: Settings, path: str, *, product: str | None = None, limit: 
             if batch is None:
                 return None
             new.place(replaces=check_free(store, new.path))
+            done = batch.exported(new.path)
             with _owned(store):
                 _mark(ledger, lock, batch, new.path)
+            on_marked(done)
+            with _owned(store):
+                _turn(ledger)
                 _give_up_old(ledger, settings.exported_retention_days)
-            return batch.exported(new.path)
+            return done
 
 
 def export_to(
@@ -119,6 +131,7 @@ def _mark_open(ledger: Ledger, found: Export) -> Marked:
     waiting = exports.count_claimed(ledger.store, found)
     written = Written(found.records, found.first_id or 0, found.last_id or 0, found.digest or "")
     ledger.mark(found, written, waiting, None)
+    _turn(ledger)
     return Marked(found.uid, found.records, waiting, was_marked=False)
 
 
@@ -297,6 +310,13 @@ def _mark(ledger: Ledger, lock: FlusherLock, batch: _Batch, path: str) -> None:
             "delete it and export again: carried all the same, it sends them twice, with the same Idempotency-Key"
         )
         raise
+
+
+def _turn(ledger: Ledger) -> None:
+    """Turn what counts as exported, as far as that goes: others turn the rest."""
+    with suppress(OutboxError):
+        while ledger.hand_over():
+            pass
 
 
 def _give_up_old(ledger: Ledger, days: float) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 from versioner_agent import exports, mending, migration, reserve, settling
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
 from versioner_agent.damage import Damage
-from versioner_agent.errors import OutboxDamaged, OutboxError, OutboxFull
+from versioner_agent.errors import OutboxDamaged, OutboxFull
 from versioner_agent.files import RESERVE_BYTES
 from versioner_agent.outbox import Destination
 from versioner_agent.pruning import Pruner
@@ -272,11 +272,8 @@ class Ledger:
         return self._step(lambda _: act(), 1)
 
     def mark(self, export: exports.Export, written: exports.Written, waiting: int, file: str | None) -> None:
-        """Let *waiting* claimed records count as exported, and turn them, as far as that goes: others turn the rest."""
+        """Let *waiting* claimed records count as exported; `hand_over` turns them."""
         self.with_room(lambda: exports.mark(self.store, export, written, waiting, file))
-        with suppress(OutboxError):
-            while self.hand_over():
-                pass
 
     def sweep_batches(self, now: float) -> None:
         """Remove what was staged and never published; nobody was told that it is queued. Likewise exports."""

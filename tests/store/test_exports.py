@@ -213,6 +213,25 @@ def test_what_counts_as_exported_is_not_said_to_be_unmarked(outbox, ledger, sett
     assert rows(ledger, "SELECT DISTINCT state FROM record") == [("exported",)]
 
 
+def test_an_export_that_is_ended_while_it_turns_has_said_what_it_wrote(outbox, ledger, settings, tmp_path, monkeypatch):
+    """Its file is complete and marked by then: nobody should take it for one that was cut short."""
+    queue(outbox, "a", 3)
+    turn = exports.turn
+    said = []
+
+    def interrupted(store, *args):
+        if said:
+            raise KeyboardInterrupt
+        return turn(store, *args)
+
+    monkeypatch.setattr(exports, "turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(settings, str(tmp_path / "1"), on_marked=said.append)
+
+    assert [(done.file, done.records) for done in said] == [(str(tmp_path / "1"), 3)]
+    assert states(ledger) == {"exported": 3}
+
+
 def test_what_is_discarded_just_before_it_is_claimed_is_not_said_to_be_damaged(
     outbox, ledger, settings, tmp_path, monkeypatch
 ):
@@ -359,6 +378,8 @@ def test_large_records_are_turned_and_given_up_in_small_transactions(outbox, led
         outbox.enqueue("build", {**BUILD, **notes, "product_name": "a", "version": str(number)})
     batch, written = claimed(ledger)
     ledger.mark(batch, written, written.records, None)
+    while ledger.hand_over():
+        pass
     while ledger.prune_exported(time.time() + 1):
         pass
 

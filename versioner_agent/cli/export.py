@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -63,8 +64,12 @@ def export(
         if file == STDOUT:
             return _stream(settings, product, limit)
         if again is not None:
-            return _report(exporting.export_again(settings, again, file), as_json=as_json)
-        return _report(exporting.export(settings, file, product=product, limit=limit), as_json=as_json)
+            _report(exporting.export_again(settings, again, file), as_json=as_json)
+            return 0
+        report = partial(_report, as_json=as_json)
+        if exporting.export(settings, file, product=product, limit=limit, on_marked=report) is None:
+            click.echo("nothing is pending; no file was written", err=True)
+        return 0
 
 
 def _check(
@@ -139,16 +144,12 @@ def _tell(settings: Settings, file: str, *, as_json: bool) -> int:
     return 0
 
 
-def _report(done: Exported | None, *, as_json: bool) -> int:
-    if done is None:
-        click.echo("nothing is pending; no file was written", err=True)
-        return 0
+def _report(done: Exported, *, as_json: bool) -> None:
     tell_damaged(done)
     if as_json:
         echo_json(exported_json(done))
     else:
         echo(harmless(f"exported {summary(done)}"))
-    return 0
 
 
 def summary(done: Exported) -> str:
