@@ -64,10 +64,11 @@ ALLOWED = {
     },
     "exports": {"batches", "records", "schema", "stepping", "storage"},
     "newfile": {"errors"},
+    "borrowing": {"config", "errors", "files", "locks", "opening", "privileges", "storage"},
     "spilling": {"config", "errors", "exporting", "flush", "opening", "storage"},
     "exporting": {
-        "config", "errors", "exportfile", "exports", "files", "ledger", "locks", "newfile", "opening", "privileges",
-        "records", "storage",
+        "borrowing", "config", "errors", "exportfile", "exports", "ledger", "locks", "newfile", "opening", "records",
+        "storage",
     },
     "selecting": {"filters", "records", "schema", "storage"},
     "review": {"birthplace", "damage", "exports", "ledger", "outbox", "records", "schema", "storage"},

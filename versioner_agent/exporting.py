@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,21 +18,18 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
 from versioner_agent import __version__, exports
+from versioner_agent.borrowing import borrowed, owned
 from versioner_agent.config import Settings
 from versioner_agent.errors import AgentError, LockHeld, OutboxError, UsageError
 from versioner_agent.exportfile import FORMAT, MAX_LINE_BYTES, Header, Writer, event_line, is_compressed
 from versioner_agent.exports import Export, Written
-from versioner_agent.files import inode_of
 from versioner_agent.ledger import Ledger
-from versioner_agent.locks import FlusherLock, Presence
+from versioner_agent.locks import FlusherLock
 from versioner_agent.newfile import NewFile, open_old
-from versioner_agent.opening import LOCK_POLL_S, lock_errors, migrate, open_outbox
-from versioner_agent.privileges import as_owner_of
+from versioner_agent.opening import lock_errors, migrate, open_outbox
 from versioner_agent.records import Record, is_intact
 from versioner_agent.storage import OutboxMissing, Store
 
-#: What handing over may take an agent on top of the requests it has under way (seconds).
-LENDING_S = 15.0
 #: Of a digest or a batch, so many characters must be given, and are shown.
 SHORTEST_NAME = 8
 MOST = 2**63 - 1  # records, where no limit is given
@@ -76,17 +75,17 @@ def export(
     with closing(Store(settings.db, settings.busy_timeout)) as store:
         check_free(store, path)
         ledger = Ledger(store)
-        with NewFile(path) as new, _borrowed(store, settings) as lock:
-            with _owned(store):
+        with NewFile(path) as new, borrowed(store, settings) as lock:
+            with owned(store):
                 batch = _write(ledger, new.file, product, limit, new.error, compressed=is_compressed(new.path))
             if batch is None:
                 return None
             new.place(replaces=check_free(store, new.path))
             done = batch.exported(new.path)
-            with _owned(store):
+            with owned(store):
                 _mark(ledger, lock, batch, new.path)
             on_marked(done)
-            with _owned(store):
+            with owned(store):
                 _turn(ledger)
                 _give_up_old(ledger, settings.exported_retention_days)
             return done
@@ -95,17 +94,24 @@ def export(
 def export_to(
     settings: Settings, stream: BinaryIO, *, product: str | None = None, limit: int | None = None
 ) -> Exported | None:
-    """Write the same to *stream* and mark nothing: `mark` does that by the digest."""
-    with closing(Store(settings.db, settings.busy_timeout)) as store, _borrowed(store, settings), _owned(store):
+    """Write the same to *stream* and mark nothing: `mark` does that by the digest.
+
+    Delivering is borrowed until all is in a temporary file: a reader that hangs keeps nothing else from being sent.
+    """
+    with closing(Store(settings.db, settings.busy_timeout)) as store, _spooled() as spool:
         ledger = Ledger(store)
-        batch = _write(ledger, stream, product, limit, _stream_error, compressed=False)
+        with borrowed(store, settings), owned(store):
+            batch = _write(ledger, spool, product, limit, _spool_error, compressed=False)
         if batch is None:
             return None
+        spool.seek(0)
         try:
+            shutil.copyfileobj(spool, stream)
             stream.flush()
         except OSError as exc:
             raise _stream_error(exc) from exc
-        ledger.with_room(lambda: exports.close(store, batch.export, batch.written))
+        with owned(store):
+            ledger.with_room(lambda: exports.close(store, batch.export, batch.written))
         return batch.exported(None)
 
 
@@ -114,11 +120,11 @@ def mark(settings: Settings, digest: str) -> Marked:
 
     Raises UsageError where no batch, or more than one, has such a digest, LockHeld, OutboxError.
     """
-    with closing(Store(settings.db, settings.busy_timeout)) as store, _owned(store):
+    with closing(Store(settings.db, settings.busy_timeout)) as store, owned(store):
         those = exports.by_digest(store, digest.lower()) if len(digest) >= SHORTEST_NAME else []
         found = _the_one(those, "digest", digest, "it is in the last line that was written")
         if found.state == "open":
-            with _borrowed(store, settings):
+            with borrowed(store, settings):
                 found = exports.by_uid(store, found.uid) or found  # somebody may have been faster
                 if found.state == "open":
                     return _mark_open(Ledger(store), found)
@@ -142,7 +148,7 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
     it.
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store:
-        with _owned(store):
+        with owned(store):
             found = _the_one(
                 exports.by_name(store, name.lower()), "number or id", name, "`versioner-agent status` lists batches"
             )
@@ -151,11 +157,11 @@ def export_again(settings: Settings, name: str, path: str) -> Exported:
         if found.state == "open":
             raise UsageError(f"the batch {name} was not marked; nothing was done", "`export` writes its records anew")
         check_free(store, path, found.uid)
-        with NewFile(path) as new, _borrowed(store, settings):
-            with _owned(store):
+        with NewFile(path) as new, borrowed(store, settings):
+            with owned(store):
                 batch = _rewrite(store, found, new)
             new.place(replaces=check_free(store, new.path, found.uid))
-            with _owned(store):
+            with owned(store):
                 exports.rewritten(store, found, batch.written.digest, new.path)
             return batch.exported(new.path)
 
@@ -170,7 +176,7 @@ def check_free(store: Store, path: str, batch: str | None = None) -> bool:
     header = _header_of(path)
     if header is None:
         return False
-    with _owned(store):
+    with owned(store):
         try:
             is_ours = exports.outbox_uid(store) == header.get("outbox")
             found = exports.by_uid(store, str(header.get("batch")))
@@ -328,44 +334,6 @@ def _give_up_old(ledger: Ledger, days: float) -> None:
                 return
 
 
-@contextmanager
-def _borrowed(store: Store, settings: Settings) -> Iterator[FlusherLock]:
-    """Have delivering lent for the block by whoever does it, once all that it has under way is settled."""
-    lock = FlusherLock(store.path)
-    try:
-        with _owned(store), lock_errors(lock):
-            if inode_of(store.path) is not None:  # else there is nothing to deliver, and no place for a lock perhaps
-                _borrow(lock, time.monotonic() + settings.timeout + LENDING_S)
-        yield lock
-    finally:
-        lock.close()
-
-
-def _borrow(lock: FlusherLock, end: float) -> None:
-    for claim in (lock.claim_borrow, lock.claim_delivery):
-        while not claim():
-            if time.monotonic() >= end:
-                raise _not_lent(lock.presence(), is_first=claim == lock.claim_delivery)
-            time.sleep(LOCK_POLL_S)
-
-
-def _not_lent(presence: Presence, *, is_first: bool) -> LockHeld:
-    if not is_first:
-        pid = presence.borrower_pid or "unknown"
-        return LockHeld(f"another export (pid {pid}) is under way; nothing was done", "try again when it is over")
-    return LockHeld(
-        f"pid {presence.pid or 'unknown'} delivers from this outbox and did not let us in; nothing was done",
-        "try again; an agent of an older version never lets others in: restart it after an upgrade",
-    )
-
-
-@contextmanager
-def _owned(store: Store) -> Iterator[None]:
-    """Use the outbox with no more rights than its owner has."""
-    with as_owner_of(os.path.dirname(store.path)):
-        yield
-
-
 def _the_one(found: list[Export], what: str, name: str, where: str) -> Export:
     if len(found) == 1:
         return found[0]
@@ -389,6 +357,23 @@ def _header_of(path: str) -> dict[str, Any] | None:
         except (OSError, EOFError, zlib.error, ValueError, RecursionError):
             return {}
     return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+
+
+@contextmanager
+def _spooled() -> Iterator[BinaryIO]:
+    """Have a temporary file for the block, and what keeps it from being written said in our words."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            yield file
+    except OSError as exc:  # closing it says once more that its disk is full
+        raise _spool_error(exc) from exc
+
+
+def _spool_error(exc: OSError) -> AgentError:
+    return AgentError(
+        f"can't write what is to go to stdout into {tempfile.tempdir or 'a file'} first: {exc.strerror or exc}",
+        "nothing was written and nothing marked; free some space there, or set TMPDIR",
+    )
 
 
 def _stream_error(exc: OSError) -> AgentError:

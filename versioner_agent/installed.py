@@ -11,8 +11,8 @@ import versioner_agent
 
 #: Modules that only other commands use.
 _OF_OTHERS = frozenset({
-    "__main__", "amending", "bundle", "checking", "checkout", "child", "ci", "cli", "cursors", "demo", "doctor",
-    "exportfile", "exporting", "findings", "flush", "importfile", "importing", "importlines", "layout",
+    "__main__", "amending", "borrowing", "bundle", "checking", "checkout", "child", "ci", "cli", "cursors", "demo",
+    "doctor", "exportfile", "exporting", "findings", "flush", "importfile", "importing", "importlines", "layout",
     "loopback", "machine", "masked", "mounts", "newfile", "premises", "privileges", "probing", "program",
     "receipts", "removal", "repair", "sandbox", "selecting", "service", "service_key", "servicing", "shipped",
     "sources", "spilling", "steps", "units", "waiting", "wrapper",

@@ -361,6 +361,17 @@ def test_a_reader_that_leaves_makes_nothing_markable(host):
     assert host.counts() == {"pending": 300}
 
 
+def test_no_room_for_what_is_to_go_to_stdout_marks_nothing_and_writes_nothing(host, small_disk):
+    host.queue("a", 300)
+
+    done = host.run("export", "-", TMPDIR=str(small_disk))
+
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"into %s first: No space left on device" % bytes(small_disk) in done.stderr
+    assert b"set TMPDIR" in done.stderr
+    assert host.counts() == {"pending": 300}
+
+
 def test_a_batch_is_written_once_more_with_what_has_no_verdict(host, tmp_path):
     host.queue("a", 3)
     host.run("export", str(tmp_path / "lost"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -36,7 +37,7 @@ def server(serve, gate):
     return serve(script)
 
 
-def test_exports_beside_an_agent_under_load_part_the_events(host_for, server, tmp_path):
+def test_exports_beside_an_agent_under_load_part_the_events(host_for, server, gate, tmp_path):
     """Each is either delivered or exported, each product's in order: first delivered, then exported, then nothing."""
     host = host_for(server.url)
     for version in range(1, 61):
@@ -46,8 +47,11 @@ def test_exports_beside_an_agent_under_load_part_the_events(host_for, server, tm
     server.wait_for(20)
 
     for number in range(3):
-        done = host.run("export", "--limit", "40", str(tmp_path / f"{number}.jsonl"))
-        assert done.returncode == 0, done.stderr
+        gate.clear()  # else all may be delivered before the export has begun
+        export = host.start("export", "--limit", "40", str(tmp_path / f"{number}.jsonl"))
+        eventually(lambda: host.presence().has_borrower)
+        gate.set()
+        assert export.wait(30) == 0, export.log.read_text()
         host.queue("fresh", first=number)
         eventually(lambda number=number: ("fresh", str(number)) in arrived(server))
 
@@ -97,24 +101,28 @@ def test_the_agent_stays_the_agent_while_it_lends(host_for, server, lent):
     assert host.run("run").returncode == 1
 
 
+#: An export that is held up with all claimed and the file written.
+HELD_UP = """
+import os, sys
+from versioner_agent import exporting
+from versioner_agent.config import load
+def held_up(*args, **how):
+    print("lent")
+    input()
+exporting.NewFile.place = held_up
+exporting.export(load({"db": sys.argv[1]}, {}, os.devnull), sys.argv[2])
+"""
+
+
 @pytest.fixture
-def lent(host_for, server, tmp_path):
-    """An agent that has lent to an export whose reader does not read: it is held up in the middle."""
+def lent(host_for, server, child, tmp_path):
+    """An agent that has lent to an export which goes no further."""
     host = host_for(server.url)
     host.queue("a", 200)
-    blocked = tmp_path / "pipe"
-    os.mkfifo(blocked)
-    reader = os.open(blocked, os.O_RDONLY | os.O_NONBLOCK)
-    with open(blocked, "wb") as pipe:
-        agent = host.agent(VERSIONER_API_KEY="")  # without a key all stays pending
-        export = subprocess.Popen(
-            (*COMMAND, "export", "-"), stdout=pipe, stderr=subprocess.DEVNULL, env=host.env, start_new_session=True
-        )
-    eventually(lambda: host.presence().pid == export.pid)
-    yield host, agent, export
-    export.kill()
-    export.wait()
-    os.close(reader)
+    agent = host.agent(VERSIONER_API_KEY="")  # without a key all stays pending
+    export = child(HELD_UP, host.path, tmp_path / "first.jsonl")
+    assert export.says() == "lent"
+    return host, agent, export.process
 
 
 def test_a_borrower_that_is_killed_gives_back(lent):
@@ -145,6 +153,26 @@ def test_an_agent_that_is_killed_while_it_lends_harms_nobody(lent):
     assert host.presence().pid == export.pid
     export.kill()
     eventually(lambda: host.presence().pid == successor.pid)
+
+
+def test_a_reader_that_does_not_read_keeps_nothing_from_being_delivered(host_for, server, tmp_path):
+    host = host_for(server.url)
+    host.queue("a", 200)
+    blocked = tmp_path / "pipe"
+    os.mkfifo(blocked)
+    reader = os.open(blocked, os.O_RDONLY | os.O_NONBLOCK)
+    with open(blocked, "wb") as pipe:
+        export = subprocess.Popen(
+            (*COMMAND, "export", "-"), stdout=pipe, stderr=subprocess.DEVNULL, env=host.env, start_new_session=True
+        )
+    eventually(lambda: select.select([reader], [], [], 0)[0])
+
+    assert host.run("flush", "--timeout", "60").returncode == 0
+    assert host.counts() == {"delivered": 200}
+    assert export.poll() is None
+    export.kill()
+    export.wait()
+    os.close(reader)
 
 
 def test_a_second_borrower_waits_for_the_first(lent, tmp_path):
