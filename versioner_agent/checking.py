@@ -138,6 +138,8 @@ def _of_the_place(view: Snapshot, limits: Limits) -> Iterator[Problem]:
     if view.damage is not None:
         words = "the outbox was damaged (`versioner-agent doctor --acknowledge` when somebody has looked at it)"
         yield Problem(WARNING, f"{words}: {view.damage}")
+    if view.is_read_only:
+        yield Problem(CRITICAL, "the outbox lies on a read-only file system: nothing can be queued (see dmesg)")
     if view.free_bytes is None:
         return
     for level, key in ((CRITICAL, "free_critical"), (WARNING, "free_warning")):

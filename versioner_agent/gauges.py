@@ -5,6 +5,7 @@ Nothing here counts records one by one: a reader blocks every commit of a rollba
 
 from __future__ import annotations
 
+import os
 import platform
 import sqlite3
 from contextlib import suppress
@@ -34,22 +35,30 @@ class _More(NamedTuple):
 _NOTHING = _More(failed=dict.fromkeys(schema.FAILED_REASONS, 0))
 
 
-def look(store: Store) -> Snapshot:
-    """Measure the outbox, which need not be there; raises OutboxError."""
+def look(store: Store, *, is_named: bool = False) -> Snapshot:
+    """Measure the outbox, which need not be there; raises OutboxError.
+
+    Where it *is_named*, somebody has chosen its directory: that must be there, or its disk is not mounted.
+    """
     is_there = True
     try:
         stats, more = review.stats(store), _more(store)
     except OutboxMissing:
+        directory = os.path.dirname(store.path)
+        if is_named and not os.path.isdir(directory):
+            raise OutboxError(f"there is no directory {directory}: is its disk mounted?") from None
         is_there, stats, more = False, review.EMPTY, _NOTHING
-    free = None
-    with suppress(OutboxError):  # no directory, no space
-        free = store.free_space()
+    free, is_read_only = None, False
+    with suppress(OSError):  # no directory, no space
+        place = os.statvfs(os.path.dirname(store.path))
+        free, is_read_only = place.f_bavail * place.f_frsize, bool(place.f_flag & os.ST_RDONLY)
     presence = FlusherLock(store.path).presence()
     return Snapshot(
         is_there=is_there,
         counts={state: _whole(count) for state, count in stats.counts.items()},
         bytes=stats.bytes,
         free_bytes=free,
+        is_read_only=is_read_only,
         oldest_pending_at=stats.oldest_pending_at,
         last_delivered_at=stats.last_delivered_at,
         state=stats.health.state,

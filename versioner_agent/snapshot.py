@@ -15,6 +15,7 @@ class Snapshot(NamedTuple):
     counts: dict[str, int]  # by state, without those of a batch that is not published yet
     bytes: int
     free_bytes: int | None  # beside it, for an ordinary user
+    is_read_only: bool  # its file system, seen from here
     oldest_pending_at: float | None
     last_delivered_at: float | None
     deliveries: int  # ever, by whoever delivers from this outbox

@@ -18,7 +18,7 @@ from authority import Authority, needs_openssl
 from host import KEY, eventually
 from scripted import answer, closed, hanging, raw, refused
 
-from versioner_agent import doctor, premises, probing, schema, servicing
+from versioner_agent import doctor, gauges, premises, probing, schema, servicing
 from versioner_agent.findings import Finding, exit_code, ok, total
 from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
 from versioner_agent.machine import Machine, Ran
@@ -312,6 +312,23 @@ def test_a_failing_disk_is_a_finding(host, monkeypatch):
     assert found["permissions"].level == "error"
     assert "Input/output error" in found["permissions"].finding
     assert found["free_space"].level == "warning"
+
+
+def test_a_disk_that_was_mounted_again_read_only_is_called_that(host, monkeypatch):
+    """access(2) refuses it as it does a permission, which would send people to chmod."""
+    host.queue("payments")
+    whole = os.statvfs
+
+    def read_only(path):
+        found = whole(path)
+        return os.statvfs_result((*found[:8], found.f_flag | os.ST_RDONLY, found.f_namemax))
+
+    monkeypatch.setattr(os, "statvfs", read_only)
+    (found,) = (each for each in premises.examine(os.path.realpath(host.path), is_named=True) if each.level == "error")
+
+    assert (found.check, found.finding.rpartition(": ")[2]) == ("permissions", "Read-only file system")
+    with contextlib.closing(Store(host.path)) as store:
+        assert gauges.look(store).is_read_only
 
 
 # --- other processes, and what waits

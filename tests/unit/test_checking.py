@@ -23,6 +23,7 @@ CONDITIONS = {
     "failed": ({"counts": {"failed": 1}}, WARNING, r"1 event failed \(`versioner-agent list --state failed`\)"),
     "many failed": ({"counts": {"failed": 50_000}}, WARNING, r"50000 events failed .*"),
     "little space": ({"free_bytes": 500 * 2**20 - 1}, WARNING, r"500 MiB free beside the outbox"),
+    "read-only": ({"is_read_only": True}, CRITICAL, r"the outbox lies on a read-only file system: .*"),
     "hardly any space": ({"free_bytes": 64 * 2**20 - 1}, CRITICAL, r"64 MiB free beside the outbox"),
     "space unknown": ({"free_bytes": None}, OK, r".*"),
     "no agent": ({"has_agent": False, "is_delivering": False}, CRITICAL, r"events are pending and no agent is running"),
