@@ -297,6 +297,8 @@ def _no_key(case: Case, found: Key, presence: Presence, *, offline: bool) -> Fin
     if why := case.unknown("api_key_file"):
         return not_looked_at("key", why)
     words = mask_keys(found.problem) or "there is no API key: nothing can be delivered from here"
+    if case.settings.api_key_file and not found.problem:
+        words += f" ({mask_keys(case.settings.api_key_file)} is empty)"
     action = "set VERSIONER_API_KEY or api_key_file; for the service, `versioner-agent service set-key`"
     return Finding("key", "warning" if offline else "error", words, action)
 

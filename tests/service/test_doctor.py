@@ -482,6 +482,9 @@ def test_a_key_that_is_missing_malformed_or_open_to_others_is_named(host):
     assert malformed["finding"] == "the key in VERSIONER_API_KEY is not of the form sk_ACCOUNT_…"
     assert "holds characters that no key has" in garbage["finding"]
     assert "does not exist" in gone["finding"]
+    (host.directory / "empty").touch()
+    empty = examine(host, VERSIONER_API_KEY="", VERSIONER_AGENT_API_KEY_FILE=str(host.directory / "empty"))["key"]
+    assert (empty["level"], empty["finding"].partition(" (")[2]) == ("error", f"{host.directory}/empty is empty)")
     shown = host.run(
         "doctor", "--offline", VERSIONER_API_KEY="", VERSIONER_AGENT_API_KEY_FILE=str(file)
     ).stdout.decode()
@@ -666,6 +669,8 @@ def test_a_proxy_that_is_down_is_named(host, variable):
 
     assert found["proxy"]["finding"] == f"http://{where} ({variable})"
     assert found["tcp"]["level"] == "error"
+    assert found["tcp"]["finding"].endswith(": Connection refused (the proxy's)")
+    assert "whether the proxy runs" in found["tcp"]["action"]
 
 
 # --- TLS
