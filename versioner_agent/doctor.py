@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from versioner_agent import config, damage, layout, masked, notices, premises, review, schema, urls
 from versioner_agent.config import Key, Settings
 from versioner_agent.configfile import File, Problem
-from versioner_agent.errors import OutboxBusy, OutboxError
+from versioner_agent.errors import OutboxBusy, OutboxError, OutboxOutdated
 from versioner_agent.events import clock_is_plausible
 from versioner_agent.files import changed_at
 from versioner_agent.findings import Finding, not_looked_at, ok
@@ -161,7 +161,11 @@ def _outbox(store: Store, *, deep: bool) -> Finding:
         return Finding("outbox", "error", f"{newer.message}: events are queued and not delivered", newer.hint or "")
     is_whole = deep or not damage.is_large(store)
     how = "the whole file is" if is_whole else "header and tables (--deep reads it all, while queuing waits) are"
-    return ok("outbox", f"{store.path} ({bytes_ / 1024:.0f} KiB, schema {store.version}): {how} sound")
+    words = f"{store.path} ({bytes_ / 1024:.0f} KiB, schema {store.version}): {how} sound"
+    if store.version < schema.VERSION:
+        older = OutboxOutdated()
+        return Finding("outbox", "warning", f"{words}; {older.message}", older.hint or "")
+    return ok("outbox", words)
 
 
 def _past_damage(stats: Stats) -> list[Finding]:

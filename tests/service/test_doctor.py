@@ -210,7 +210,9 @@ def test_an_outbox_that_its_agent_has_not_upgraded_yet_is_looked_at(host_for, ve
     found = examine(host, "--offline")
     done = host.run("doctor", "--acknowledge")
 
-    assert not_ok(found) == {}
+    assert list(not_ok(found)) == ["outbox"]
+    assert found["outbox"]["level"] == "warning"
+    assert "restart the agent, which upgrades it" in found["outbox"]["action"]
     assert {"outbox", "sqlite", "destination", "agent", "pending"} <= set(found)
     assert done.returncode == 0
 
