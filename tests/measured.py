@@ -24,6 +24,7 @@ HEALTHY = Snapshot(
     reason=None,
     since=NOW - 600,
     damage=None,
+    last_sign_at=NOW - 590,
     has_agent=True,
     is_delivering=True,
 )

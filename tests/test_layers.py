@@ -78,7 +78,7 @@ ALLOWED = {
         "bodies", "errors", "events", "filters", "groups", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
     },
-    "gauges": {"errors", "locks", "records", "review", "schema", "snapshot", "storage"},
+    "gauges": {"errors", "files", "locks", "notices", "records", "review", "schema", "snapshot", "storage"},
     "metrics_file": {"errors", "files", "gauges", "metrics", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
@@ -132,7 +132,7 @@ ALLOWED = {
         "review", "storage",
     },
     "doctor": {
-        "config", "configfile", "damage", "errors", "events", "files", "findings", "layout", "locks", "masked", "notices",
+        "config", "configfile", "damage", "errors", "events", "findings", "gauges", "layout", "locks", "masked", "notices",
         "outbox", "outcomes", "premises", "review", "schema", "storage", "text", "urls",
     },
     "premises": {"files", "findings", "locks", "mounts"},

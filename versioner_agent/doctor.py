@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from versioner_agent import config, damage, layout, masked, notices, premises, review, schema, urls
+from versioner_agent import config, damage, gauges, layout, masked, notices, premises, review, schema, urls
 from versioner_agent.config import Key, Settings
 from versioner_agent.configfile import File, Problem
 from versioner_agent.errors import OutboxBusy, OutboxError, OutboxOutdated
 from versioner_agent.events import clock_is_plausible
-from versioner_agent.files import changed_at
 from versioner_agent.findings import Finding, not_looked_at, ok
-from versioner_agent.locks import FLUSHER_SUFFIX, FlusherLock, Presence
+from versioner_agent.locks import FlusherLock, Presence
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import ADVICE
 from versioner_agent.review import Stats
@@ -137,7 +136,7 @@ def outbox(case: Case, key: Key, now: float, *, deep: bool) -> tuple[list[Findin
             found += [*_past_damage(stats), *_sqlite(store), *_machine(stats), *_exports(stats, now)]
             found += [
                 *_destination(stats, _here(case, key)),
-                *_agent(store, stats, presence, now),
+                *_agent(stats, presence, gauges.last_sign_at(store, stats, settings.max_backoff), now),
                 *_pending(stats, now),
             ]
     return found, presence
@@ -228,7 +227,7 @@ def _destination(stats: Stats, here: Destination | None) -> list[Finding]:
     return [Finding("destination", level, words, ADVICE.get(health.state, ""))]
 
 
-def _agent(store: Store, stats: Stats, presence: Presence, now: float) -> list[Finding]:
+def _agent(stats: Stats, presence: Presence, sign: float | None, now: float) -> list[Finding]:
     pending = stats.counts["pending"]
     if not presence.has_agent:
         if presence.is_delivering:
@@ -240,20 +239,10 @@ def _agent(store: Store, stats: Stats, presence: Presence, now: float) -> list[F
     pid = presence.agent_pid
     if pid is not None and premises.is_stopped(pid):
         return [Finding("agent", "error", f"pid {pid} holds the lock and is stopped", f"kill -CONT {pid}")]
-    idle_s = _idle_s(store, stats, now)
-    if idle_s > notices.UNATTENDED_S:
+    if sign is not None and (idle_s := now - sign) > notices.UNATTENDED_S:
         words = f"pid {pid or 'unknown'} holds the lock and has tried nothing for {duration(idle_s)}, {pending} pending"
         return [Finding("agent", "error", words, "restart it (`systemctl restart versioner-agent`)")]
     return [ok("agent", f"running (pid {pid or 'unknown'})")]
-
-
-def _idle_s(store: Store, stats: Stats, now: float) -> float:
-    """Return for how long (seconds) whoever delivers has given no sign while something waits."""
-    with store.read() as connection:
-        oldest = connection.execute(notices.OLDEST_PENDING).fetchone() or (None, None)
-    started = changed_at(store.path + FLUSHER_SUFFIX)
-    signs = (oldest[1], stats.last_delivered_at, stats.health.next_attempt_at, started and started / 1e9)
-    return notices.unattended_s(oldest[0], signs, now)
 
 
 def _pending(stats: Stats, now: float) -> list[Finding]:

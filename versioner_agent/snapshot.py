@@ -28,5 +28,6 @@ class Snapshot(NamedTuple):
     reason: str | None
     since: float | None
     damage: str | None  # that nobody has acknowledged
+    last_sign_at: float | None  # of whoever delivers, while something waits for him
     has_agent: bool
     is_delivering: bool  # an agent, a flush or a command that waits

@@ -389,7 +389,21 @@ def test_an_agent_that_holds_the_lock_and_tries_nothing_is_named(host, child):
 
     assert found["agent"]["level"] == "error"
     assert "has tried nothing for 2 h, 1 pending" in found["agent"]["finding"]
+    assert b"the agent has tried nothing for 2 h" in host.run("check").stdout
     assert found["pending"]["level"] == "warning"
+
+
+def test_an_agent_whose_events_wait_for_a_receipt_is_not_to_be_restarted(host):
+    """Behind an exported record its product waits for the far side, not for the agent."""
+    host.queue("payments", 2)
+    host.close_outbox()
+    alter(host.path, f"UPDATE record SET queued_at = {time.time() - 7200}")
+    alter(host.path, "UPDATE record SET state = 'exported', batch = -1 WHERE id = 1")
+    host.agent()
+    os.utime(f"{host.path}.flusher", (time.time() - 7200,) * 2)
+
+    assert examine(host)["agent"]["level"] == "ok"
+    assert host.run("check", "--age-warning", "none").returncode == 0
 
 
 def test_a_destination_that_needs_a_person_is_an_error_while_events_wait(host):

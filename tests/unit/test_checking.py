@@ -30,6 +30,8 @@ CONDITIONS = {
     "no agent, nothing to do": (
         {"has_agent": False, "is_delivering": False, "counts": {"pending": 0}}, WARNING, r"no agent is running",
     ),
+    "an agent that hangs": ({"last_sign_at": NOW - 610}, CRITICAL, r"the agent has tried nothing for 10 min: .*"),
+    "an agent with nothing to do": ({"last_sign_at": None}, OK, r".*"),
     "a flush": ({"has_agent": False}, OK, r".*"),
     "agent waits for a flush": ({"is_delivering": False}, OK, r".*"),
     "unauthorized": (
