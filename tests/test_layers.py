@@ -78,7 +78,7 @@ ALLOWED = {
         "bodies", "errors", "events", "filters", "groups", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
     },
-    "gauges": {"errors", "files", "locks", "notices", "records", "review", "schema", "snapshot", "storage"},
+    "gauges": {"files", "locks", "notices", "records", "review", "schema", "snapshot", "storage"},
     "metrics_file": {"errors", "files", "gauges", "metrics", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),

@@ -12,8 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from versioner_agent import __version__, notices, review, schema
-from versioner_agent.errors import OutboxError
-from versioner_agent.files import changed_at
+from versioner_agent.files import changed_at, require_place
 from versioner_agent.locks import FLUSHER_SUFFIX, FlusherLock
 from versioner_agent.records import number
 from versioner_agent.review import Stats
@@ -48,9 +47,8 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
         stats, more = review.stats(store), _more(store)
         sign = last_sign_at(store, stats, max_backoff)
     except OutboxMissing:
-        directory = os.path.dirname(store.path)
-        if is_named and not os.path.isdir(directory):
-            raise OutboxError(f"there is no directory {directory}: is its disk mounted?") from None
+        if is_named:
+            require_place(store.path)
         is_there, stats, more = False, review.EMPTY, _NOTHING
     free, is_read_only = None, False
     with suppress(OSError):  # no directory, no space
