@@ -73,7 +73,7 @@ ALLOWED = {
     "review": {"birthplace", "damage", "exports", "ledger", "outbox", "records", "schema", "storage"},
     "cursors": {"errors", "files", "filters", "integrity", "locks", "records", "schema", "storage"},
     "groups": {"errors", "filters", "records", "schema", "storage"},
-    "repair": {"filters", "records", "review", "selecting", "storage"},
+    "repair": {"filters", "records", "review", "selecting", "stepping", "storage"},
     "amending": {
         "bodies", "errors", "events", "filters", "groups", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
