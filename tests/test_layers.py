@@ -74,12 +74,12 @@ ALLOWED = {
     "review": {"birthplace", "damage", "exports", "ledger", "outbox", "records", "schema", "storage"},
     "cursors": {"errors", "files", "filters", "integrity", "locks", "records", "schema", "storage"},
     "groups": {"errors", "filters", "records", "schema", "storage"},
-    "repair": {"filters", "records", "review", "selecting", "storage"},
+    "repair": {"filters", "records", "review", "selecting", "stepping", "storage"},
     "amending": {
         "bodies", "errors", "events", "filters", "groups", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
     },
-    "gauges": {"errors", "locks", "records", "review", "schema", "snapshot", "storage"},
+    "gauges": {"files", "locks", "notices", "records", "review", "schema", "snapshot", "storage"},
     "metrics_file": {"errors", "files", "gauges", "metrics", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),
@@ -133,7 +133,7 @@ ALLOWED = {
         "review", "storage",
     },
     "doctor": {
-        "config", "configfile", "damage", "errors", "events", "files", "findings", "layout", "locks", "masked", "notices",
+        "config", "configfile", "damage", "errors", "events", "findings", "gauges", "layout", "locks", "masked", "notices",
         "outbox", "outcomes", "premises", "review", "schema", "storage", "text", "urls",
     },
     "premises": {"files", "findings", "locks", "mounts"},

@@ -110,6 +110,7 @@ def test_files_are_offered_where_a_file_is_meant(tmp_path, monkeypatch):
 
     assert by_bash("enqueue json ev") == {"events.json"}
     assert by_bash("status --db ") == {"events.json"}
+    assert by_bash("run --ca-bundle ") == by_bash("doctor --metrics-file ev") == {"events.json"}
 
 
 @needs("bash")

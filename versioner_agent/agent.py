@@ -295,6 +295,7 @@ class Agent:
         else:
             self._signals += 1
             if self._signals > 1:
+                self._metrics.remove()
                 os._exit(128 + number)
         if self._flusher is not None:
             self._flusher.wake()

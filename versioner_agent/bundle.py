@@ -38,7 +38,7 @@ PACKAGES = ("click", "httpx", "httpcore", "platformdirs")
 LEFT_OUT = (
     "the outbox's file, its copies and its journal",
     "API keys: what looks like one is masked wherever it stands, but for the account in it",
-    "passwords in URLs, of proxies above all",
+    "passwords in URLs, of proxies above all, and what their parameters call a token, a key or a signature",
     "the values of other variables than VERSIONER_… and proxies in units, and the credentials that they set",
     "the values of extra_metadata in records (their names are there)",
     f"all but the last {RECORDS} records",
@@ -46,6 +46,8 @@ LEFT_OUT = (
     "what other programs wrote into the journal, and what is older than a day",
 )
 _SHORTEST_SECRET = 6
+#: Whoever has a link with one of these needs no password: `?token=…`, `&X-Amz-Signature=…`. Bounded, to be linear.
+_PARAMETER = r"(?i)([?&][\w.%-]{0,64}(?:token|secret|passw|sig|key|auth|credential)[\w.%-]{0,64}=)[^&#\s\"'<>\\]+"
 #: Variables whose values are of use, and masked like all else; so are proxies'.
 _SHOWN = {config.ENV_CONFIG, *(option.env for option in config.OPTIONS if not option.is_secret)}
 
@@ -74,8 +76,15 @@ class Mask:
             text = text.replace(secret, shown).replace(json.dumps(secret)[1:-1], shown)
         text = mask_keys(text)
         text = re.sub(r"(VERSIONER_API_KEY\s*=\s*)[^\s\"'\\]+", r"\1***", text)
-        text = re.sub(r"(?i)(_proxy\s*=\s*(?:https?://)?)[^\s\"'\\]*@", r"\1***@", text)
-        return re.sub(r"(://)[^/\s\"'<>\\]+@", r"\1***@", text)
+        text = re.sub(r"(?i)(_proxy\s{0,9}=\s{0,9}(?:https?://)?)([^\s\"'\\]*)", _without_userinfo, text)
+        text = re.sub(r"(://)[^/\s\"'<>\\]+@", r"\1***@", text)
+        return re.sub(_PARAMETER, r"\1***", text)
+
+
+def _without_userinfo(variable: re.Match[str]) -> str:
+    """Return a proxy's variable without name and password; what has no end yet is read once, or it would take ages."""
+    _, at, place = variable[2].rpartition("@")
+    return f"{variable[1]}***@{place}" if at else variable[0]
 
 
 def secrets_of(case: Case, key: str | None) -> list[str | None]:

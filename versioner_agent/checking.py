@@ -22,6 +22,7 @@ _ORDER = (CRITICAL, UNKNOWN, WARNING, OK)
 LASTING = frozenset({"unauthorized", "misrouted"})
 PASSING = frozenset({"down", "rate_limited", "proxy", "not_authentic"})
 OFF = "none"
+IDLE_S = 600.0  # so long an agent may try nothing while events wait for it
 MOST_CHARS = 300  # of one thing that is wrong
 MOST_LINE_CHARS = 900  # of them all: NRPE before version 3 cut a line at 1024 bytes
 
@@ -95,7 +96,7 @@ def defaults() -> Limits:
 def judge(view: Snapshot, limits: Limits, now: float, *, wants_agent: bool = True) -> list[Problem]:
     """Return all that is wrong at *now* (seconds since 1970), the worst first; *wants_agent*: one should be running."""
     found = [
-        *_of_the_agent(view, wants_agent=wants_agent),
+        *_of_the_agent(view, now, wants_agent=wants_agent),
         *_of_the_destination(view, limits, now),
         *_of_records(view, limits, now),
         *_of_the_place(view, limits),
@@ -104,7 +105,11 @@ def judge(view: Snapshot, limits: Limits, now: float, *, wants_agent: bool = Tru
     return sorted(found, key=lambda problem: _ORDER.index(problem.level))
 
 
-def _of_the_agent(view: Snapshot, *, wants_agent: bool) -> Iterator[Problem]:
+def _of_the_agent(view: Snapshot, now: float, *, wants_agent: bool) -> Iterator[Problem]:
+    if view.has_agent and view.last_sign_at is not None and now - view.last_sign_at > IDLE_S:
+        yield Problem(
+            CRITICAL, f"the agent has tried nothing for {duration(now - view.last_sign_at)}: it hangs, or is stopped"
+        )
     if not wants_agent or not view.is_there or view.has_agent or view.is_delivering:
         return
     if view.counts["pending"]:
@@ -138,6 +143,8 @@ def _of_the_place(view: Snapshot, limits: Limits) -> Iterator[Problem]:
     if view.damage is not None:
         words = "the outbox was damaged (`versioner-agent doctor --acknowledge` when somebody has looked at it)"
         yield Problem(WARNING, f"{words}: {view.damage}")
+    if view.is_read_only:
+        yield Problem(CRITICAL, "the outbox lies on a read-only file system: nothing can be queued (see dmesg)")
     if view.free_bytes is None:
         return
     for level, key in ((CRITICAL, "free_critical"), (WARNING, "free_warning")):

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
-from versioner_agent import config, damage, layout, masked, notices, premises, review, schema, urls
+from versioner_agent import config, damage, gauges, layout, masked, notices, premises, review, schema, urls
 from versioner_agent.config import Key, Settings
 from versioner_agent.configfile import File, Problem
-from versioner_agent.errors import OutboxBusy, OutboxError
+from versioner_agent.errors import OutboxBusy, OutboxError, OutboxOutdated
 from versioner_agent.events import clock_is_plausible
-from versioner_agent.files import changed_at
 from versioner_agent.findings import Finding, not_looked_at, ok
-from versioner_agent.locks import FLUSHER_SUFFIX, FlusherLock, Presence
+from versioner_agent.locks import FlusherLock, Presence
 from versioner_agent.outbox import Destination
 from versioner_agent.outcomes import ADVICE
 from versioner_agent.review import Stats
@@ -137,7 +136,7 @@ def outbox(case: Case, key: Key, now: float, *, deep: bool) -> tuple[list[Findin
             found += [*_past_damage(stats), *_sqlite(store), *_machine(stats), *_exports(stats, now)]
             found += [
                 *_destination(stats, _here(case, key)),
-                *_agent(store, stats, presence, now),
+                *_agent(stats, presence, gauges.last_sign_at(store, stats, settings.max_backoff), now),
                 *_pending(stats, now),
             ]
     return found, presence
@@ -161,7 +160,11 @@ def _outbox(store: Store, *, deep: bool) -> Finding:
         return Finding("outbox", "error", f"{newer.message}: events are queued and not delivered", newer.hint or "")
     is_whole = deep or not damage.is_large(store)
     how = "the whole file is" if is_whole else "header and tables (--deep reads it all, while queuing waits) are"
-    return ok("outbox", f"{store.path} ({bytes_ / 1024:.0f} KiB, schema {store.version}): {how} sound")
+    words = f"{store.path} ({bytes_ / 1024:.0f} KiB, schema {store.version}): {how} sound"
+    if store.version < schema.VERSION:
+        older = OutboxOutdated()
+        return Finding("outbox", "warning", f"{words}; {older.message}", older.hint or "")
+    return ok("outbox", words)
 
 
 def _past_damage(stats: Stats) -> list[Finding]:
@@ -224,7 +227,7 @@ def _destination(stats: Stats, here: Destination | None) -> list[Finding]:
     return [Finding("destination", level, words, ADVICE.get(health.state, ""))]
 
 
-def _agent(store: Store, stats: Stats, presence: Presence, now: float) -> list[Finding]:
+def _agent(stats: Stats, presence: Presence, sign: float | None, now: float) -> list[Finding]:
     pending = stats.counts["pending"]
     if not presence.has_agent:
         if presence.is_delivering:
@@ -236,20 +239,10 @@ def _agent(store: Store, stats: Stats, presence: Presence, now: float) -> list[F
     pid = presence.agent_pid
     if pid is not None and premises.is_stopped(pid):
         return [Finding("agent", "error", f"pid {pid} holds the lock and is stopped", f"kill -CONT {pid}")]
-    idle_s = _idle_s(store, stats, now)
-    if idle_s > notices.UNATTENDED_S:
+    if sign is not None and (idle_s := now - sign) > notices.UNATTENDED_S:
         words = f"pid {pid or 'unknown'} holds the lock and has tried nothing for {duration(idle_s)}, {pending} pending"
         return [Finding("agent", "error", words, "restart it (`systemctl restart versioner-agent`)")]
     return [ok("agent", f"running (pid {pid or 'unknown'})")]
-
-
-def _idle_s(store: Store, stats: Stats, now: float) -> float:
-    """Return for how long (seconds) whoever delivers has given no sign while something waits."""
-    with store.read() as connection:
-        oldest = connection.execute(notices.OLDEST_PENDING).fetchone() or (None, None)
-    started = changed_at(store.path + FLUSHER_SUFFIX)
-    signs = (oldest[1], stats.last_delivered_at, stats.health.next_attempt_at, started and started / 1e9)
-    return notices.unattended_s(oldest[0], signs, now)
 
 
 def _pending(stats: Stats, now: float) -> list[Finding]:
@@ -297,6 +290,8 @@ def _no_key(case: Case, found: Key, presence: Presence, *, offline: bool) -> Fin
     if why := case.unknown("api_key_file"):
         return not_looked_at("key", why)
     words = mask_keys(found.problem) or "there is no API key: nothing can be delivered from here"
+    if case.settings.api_key_file and not found.problem:
+        words += f" ({mask_keys(case.settings.api_key_file)} is empty)"
     action = "set VERSIONER_API_KEY or api_key_file; for the service, `versioner-agent service set-key`"
     return Finding("key", "warning" if offline else "error", words, action)
 

@@ -141,6 +141,13 @@ def _file_mode(mode: int) -> int:
     return 0o660 if mode & stat.S_ISGID and mode & stat.S_IWGRP else 0o600
 
 
+def require_place(path: str) -> None:
+    """Raise OutboxError where the directory of the outbox at *path*, which somebody has named, is not there."""
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise OutboxError(f"there is no directory {directory}: is its disk mounted?", "else make it, or correct db")
+
+
 def unusable(path: str, exc: OSError) -> OutboxError:
     """Say that the outbox at *path* can't be used, and what to do: above all, which group is to be joined."""
     outside = _outside_of_group(path, exc)

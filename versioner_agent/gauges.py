@@ -5,15 +5,17 @@ Nothing here counts records one by one: a reader blocks every commit of a rollba
 
 from __future__ import annotations
 
+import os
 import platform
 import sqlite3
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from versioner_agent import __version__, review, schema
-from versioner_agent.errors import OutboxError
-from versioner_agent.locks import FlusherLock
+from versioner_agent import __version__, notices, review, schema
+from versioner_agent.files import changed_at, require_place
+from versioner_agent.locks import FLUSHER_SUFFIX, FlusherLock
 from versioner_agent.records import number
+from versioner_agent.review import Stats
 from versioner_agent.snapshot import Snapshot
 from versioner_agent.storage import OutboxMissing, Store
 
@@ -34,32 +36,59 @@ class _More(NamedTuple):
 _NOTHING = _More(failed=dict.fromkeys(schema.FAILED_REASONS, 0))
 
 
-def look(store: Store) -> Snapshot:
-    """Measure the outbox, which need not be there; raises OutboxError."""
-    is_there = True
+def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> Snapshot:
+    """Measure the outbox, which need not be there; raises OutboxError.
+
+    Where it *is_named*, somebody has chosen its directory: that must be there, or its disk is not mounted.
+    *max_backoff* (seconds) is the longest pause between two tries.
+    """
+    is_there, sign = True, None
     try:
         stats, more = review.stats(store), _more(store)
+        sign = last_sign_at(store, stats, max_backoff)
     except OutboxMissing:
+        if is_named:
+            require_place(store.path)
         is_there, stats, more = False, review.EMPTY, _NOTHING
-    free = None
-    with suppress(OutboxError):  # no directory, no space
-        free = store.free_space()
+    free, is_read_only = None, False
+    with suppress(OSError):  # no directory, no space
+        place = os.statvfs(os.path.dirname(store.path))
+        free, is_read_only = place.f_bavail * place.f_frsize, bool(place.f_flag & os.ST_RDONLY)
     presence = FlusherLock(store.path).presence()
     return Snapshot(
         is_there=is_there,
         counts={state: _whole(count) for state, count in stats.counts.items()},
         bytes=stats.bytes,
         free_bytes=free,
+        is_read_only=is_read_only,
         oldest_pending_at=stats.oldest_pending_at,
         last_delivered_at=stats.last_delivered_at,
         state=stats.health.state,
         reason=stats.health.reason,
         since=stats.health.since,
         damage=None if stats.damage is None else str(stats.damage),
+        last_sign_at=sign,
         has_agent=presence.has_agent,
         is_delivering=presence.is_delivering,
         **more._asdict(),
     )
+
+
+def last_sign_at(store: Store, stats: Stats, max_backoff: float) -> float | None:
+    """Return when whoever delivers has last shown, or is to show next, while something waits for him; else None.
+
+    What waits for a receipt, behind exported records of its product, does not. Raises OutboxError.
+    """
+    with store.read() as connection:
+        query = FIRST_UNHELD if store.version >= schema.EXPORTS_SINCE else notices.OLDEST_PENDING
+        found = connection.execute(query).fetchone()
+    if found is None:
+        return None
+    started = changed_at(store.path + FLUSHER_SUFFIX)
+    queued_at, tried_at = map(number, found)
+    due_at = tried_at and tried_at + max_backoff
+    signs = (queued_at, due_at, stats.last_delivered_at, stats.health.next_attempt_at, started and started / 1e9)
+    return max(sign or 0.0 for sign in signs)
 
 
 def build() -> dict[str, str]:
@@ -90,6 +119,18 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
+# Of the first thousand: a reader may look at no more.
+FIRST_UNHELD = """
+    SELECT queued_at, last_attempt_at FROM (
+        SELECT id, product_name, queued_at, last_attempt_at FROM record INDEXED BY record_state
+        WHERE state = 'pending' ORDER BY id LIMIT 1000
+    ) AS waiting
+    WHERE NOT EXISTS (
+        SELECT 1 FROM record INDEXED BY record_held_by_export
+        WHERE state = 'exported' AND product_name = waiting.product_name
+    )
+    ORDER BY id LIMIT 1
+"""
 DELIVERIES = "SELECT deliveries FROM destination WHERE id = 1"
 COUNT_HELD = """
     SELECT count(*) FROM (

@@ -120,7 +120,7 @@ class MetricsFile:
         # On a connection of its own: it is also measured while the agent itself waits for the outbox.
         with closing(Store(self._outbox, self._busy_timeout)) as store:
             try:
-                view = gauges.look(store)
+                view = gauges.look(store, is_named=True)  # the agent has made, or found, its directory
             except OutboxError:
                 view = None  # whoever delivers says why
         return metrics.render(metrics.families(view, self._build, last_loop_at=time.time()))

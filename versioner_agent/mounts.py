@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 #: Locks and syncs of these are not what SQLite needs (https://sqlite.org/howtocorrupt.html, section 2.1).
 NETWORK = frozenset({
-    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "fuse.ceph", "fuse.davfs2", "fuse.glusterfs",
-    "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2",
-    "orangefs", "smb3", "smbfs",
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "davfs2", "fuse.blobfuse2", "fuse.ceph", "fuse.ceph-fuse",
+    "fuse.davfs2", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs", "fuse.moosefs", "fuse.mount-s3", "fuse.rclone",
+    "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs",
+    "prl_fs", "smb3", "smbfs", "vboxsf", "virtiofs",
 })  # fmt: skip
 IN_MEMORY = frozenset({"ramfs", "tmpfs"})
 OVERLAY = frozenset({"aufs", "fuse.fuse-overlayfs", "overlay"})

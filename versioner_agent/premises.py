@@ -44,6 +44,8 @@ def examine(path: str, *, is_named: bool) -> list[Finding]:
 
 def _permissions(path: str, place: os.stat_result) -> list[Finding]:
     directory = os.path.dirname(path)
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
+        return [_closed(path, OSError(errno.EROFS, os.strerror(errno.EROFS), directory))]
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         return [_closed(path, PermissionError(errno.EACCES, "Permission denied", directory))]
     found = _directory(directory, place.st_mode)

@@ -34,6 +34,7 @@ CLOCK_ERROR_S = 86_400.0
 #: The settings that say where a request goes.
 _DECIDING = ("api_url", "proxy", "no_proxy", "ca_bundle", "allow_insecure_http", "timeout")
 _NETWORK = "look at this host's network, firewall and resolver"
+_PROXY = "look whether the proxy runs, and whether it is the right one"
 
 
 class Way(NamedTuple):
@@ -42,6 +43,16 @@ class Way(NamedTuple):
     host: str
     port: int
     proxy: str | None = None
+
+    @property
+    def whose(self) -> str:
+        """Say whose address it is, where it is not the API's."""
+        return " (the proxy's)" if self.proxy else ""
+
+    @property
+    def advice(self) -> str:
+        """Say what to look at where nobody answers there."""
+        return f"{_PROXY}, or {_NETWORK}" if self.proxy else _NETWORK
 
 
 def examine(case: Case, key: Key) -> list[Finding]:
@@ -101,8 +112,7 @@ def _dns(way: Way) -> tuple[list[Finding], list[str]]:
     try:
         addresses = network.addresses_of(way.host, way.port, STEP_S)
     except OSError as exc:
-        whose = " (the proxy's)" if way.proxy else ""
-        return [Finding("dns", "error", f"{exc}{whose}", _NETWORK)], []
+        return [Finding("dns", "error", f"{exc}{way.whose}", way.advice)], []
     words = f"{way.host}: {', '.join(addresses[:MOST_ADDRESSES])} ({_ms(started)})"
     return [ok("dns", words)], addresses[:MOST_ADDRESSES]
 
@@ -114,7 +124,7 @@ def _tcp(way: Way, addresses: Sequence[str]) -> Finding:
     words = "; ".join(f"{address} port {way.port}: {told}" for address, (told, _) in zip(addresses, tried, strict=True))
     good = sum(is_good for _, is_good in tried)
     if not good:
-        return Finding("tcp", "error", words, _NETWORK)
+        return Finding("tcp", "error", f"{words}{way.whose}", way.advice)
     if good < len(tried):
         return Finding("tcp", "warning", words, "addresses that don't answer cost time: look at routes and IPv6")
     return ok("tcp", words)

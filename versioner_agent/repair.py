@@ -15,6 +15,7 @@ from versioner_agent.filters import Filter
 from versioner_agent.records import Record
 from versioner_agent.review import Verdict
 from versioner_agent.selecting import select
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import Store
 
 STEP = 100  # records of one read or transaction
@@ -98,8 +99,24 @@ def act(store: Store, wanted: Filter, last_id: int, do: Act) -> Iterator[list[Ve
         ids = [record.id for record in page if record.id <= last_id]
         if not ids:
             return
-        with store.write() as connection:
-            found = review.find(connection, ids)
-            verdicts = [do(connection, record.id) for record in found if wanted.matches(record)]
-        if verdicts:
-            yield verdicts
+        while ids:
+            verdicts, ids = _step(store, wanted, ids, do)
+            if verdicts:
+                yield verdicts
+
+
+def _step(store: Store, wanted: Filter, ids: list[int], do: Act) -> tuple[list[Verdict], list[int]]:
+    """Do *do* with the first of *ids* in one transaction; returns what became of them, and which are left.
+
+    One of a run of thousands takes as long to judge as all of another page.
+    """
+    size = StepSize()
+    verdicts = []
+    with store.write() as connection:
+        size.start()
+        for record in review.find(connection, ids):
+            if wanted.matches(record):
+                verdicts.append(do(connection, record.id))
+            if size.is_over:
+                return verdicts, [each for each in ids if each > record.id]
+    return verdicts, []

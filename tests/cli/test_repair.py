@@ -148,6 +148,25 @@ def test_what_a_full_disk_has_kept_is_told_again(outbox, env):
 
 
 @needs_strace
+def test_what_goes_to_a_file_is_on_its_disk_before_the_cursor_moves(outbox, env, tmp_path):
+    failed(outbox)
+    outbox.close()
+    log = tmp_path / "trace"
+    with (tmp_path / "told").open("wb") as told:
+        tracer = ("strace", "-y", "-o", str(log), "-e", "trace=write,fsync,pwrite64")
+        command = (*tracer, *COMMAND, "list", "--new", "mail")
+        assert subprocess.run(command, env=env, stdout=told, timeout=60, check=False).returncode == 0
+    calls = log.read_text().splitlines()
+    ours = [number for number, call in enumerate(calls) if str(tmp_path / "told") in call]
+
+    names = [calls[number].partition("(")[0] for number in ours]
+    assert set(names[:-1]) == {"write"}
+    assert names[-1] == "fsync"
+    assert any("outbox.db>" in call for call in calls[ours[-1] :])
+    assert not any("outbox.db>" in call for call in calls[: ours[-1]])
+
+
+@needs_strace
 def test_killed_after_printing_and_before_moving_it_is_told_again(outbox, env):
     """At least once: whatever the moment, a failure is in the output of this run or of the next."""
     failed(outbox)
@@ -216,6 +235,7 @@ def test_groups_tell_whose_they_were_first(cli, outbox):
     ]
     assert cli("list", "--groups", "--reason", "late").out.splitlines() == text[:1]
     assert cli("list", "--groups", "--limit", "1").out.splitlines() == text[:1]
+    assert cli("list", "--groups", "--limit", "1" * 30).out.splitlines() == text
     status = json.loads(cli("status", "--json").out)
     assert sorted(status["failures"], key=lambda group: group["first_id"]) == [conflict, late]
     assert all(f"{' ' * 13}{line}\n" in cli("status").out for line in text)

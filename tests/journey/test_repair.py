@@ -182,6 +182,18 @@ def test_what_readme_posts_is_posted_once_and_kept_while_it_can_not_be(host_for,
 
 
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="README's recipe needs bash and curl")
+def test_a_line_that_a_kill_cut_short_spoils_no_other_one(host_for, serve, shell):
+    host = host_for(serve(lambda _: refused(422)).url)
+    host.queue("pay", 2)
+    host.run("flush")
+    (host.directory / "unposted").write_text('{"id": 7}\n{"id": 1, "eve')
+    hook = serve(lambda _: answer(200))
+    follow("told: post", host.directory, env=shell(host), instead={"https://chat.example.com": hook.url})
+
+    assert [json.loads(line)["id"] for line in hook.requests[0].body.splitlines()] == [7, 1, 2]
+
+
+@pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="README's recipe needs bash and curl")
 def test_a_post_that_takes_long_removes_nothing_that_another_run_adds(host_for, serve, shell):
     host = host_for(serve(lambda _: refused(422)).url)
     is_read = threading.Event()

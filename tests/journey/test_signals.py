@@ -58,13 +58,16 @@ def test_a_request_without_an_answer_does_not_keep_an_agent_from_stopping(host_f
 def test_a_second_signal_ends_an_agent_at_once(host_for, slow):
     host = host_for(slow.url)
     host.queue("payments")
-    agent = host.agent()
+    metrics = host.directory / "versioner.prom"
+    agent = host.agent(VERSIONER_AGENT_METRICS_FILE=str(metrics))
     slow.wait_for(1)
+    eventually(metrics.exists)
 
     agent.send_signal(signal.SIGTERM)
     agent.send_signal(signal.SIGINT)
 
     assert agent.wait(30) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert not metrics.exists()
     assert host.counts() == {"pending": 1}
 
 

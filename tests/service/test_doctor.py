@@ -18,7 +18,7 @@ from authority import Authority, needs_openssl
 from host import KEY, eventually
 from scripted import answer, closed, hanging, raw, refused
 
-from versioner_agent import doctor, premises, probing, schema, servicing
+from versioner_agent import doctor, gauges, premises, probing, schema, servicing
 from versioner_agent.findings import Finding, exit_code, ok, total
 from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
 from versioner_agent.machine import Machine, Ran
@@ -210,7 +210,9 @@ def test_an_outbox_that_its_agent_has_not_upgraded_yet_is_looked_at(host_for, ve
     found = examine(host, "--offline")
     done = host.run("doctor", "--acknowledge")
 
-    assert not_ok(found) == {}
+    assert list(not_ok(found)) == ["outbox"]
+    assert found["outbox"]["level"] == "warning"
+    assert "restart the agent, which upgrades it" in found["outbox"]["action"]
     assert {"outbox", "sqlite", "destination", "agent", "pending"} <= set(found)
     assert done.returncode == 0
 
@@ -314,6 +316,23 @@ def test_a_failing_disk_is_a_finding(host, monkeypatch):
     assert found["free_space"].level == "warning"
 
 
+def test_a_disk_that_was_mounted_again_read_only_is_called_that(host, monkeypatch):
+    """access(2) refuses it as it does a permission, which would send people to chmod."""
+    host.queue("payments")
+    whole = os.statvfs
+
+    def read_only(path):
+        found = whole(path)
+        return os.statvfs_result((*found[:8], found.f_flag | os.ST_RDONLY, found.f_namemax))
+
+    monkeypatch.setattr(os, "statvfs", read_only)
+    (found,) = (each for each in premises.examine(os.path.realpath(host.path), is_named=True) if each.level == "error")
+
+    assert (found.check, found.finding.rpartition(": ")[2]) == ("permissions", "Read-only file system")
+    with contextlib.closing(Store(host.path)) as store:
+        assert gauges.look(store).is_read_only
+
+
 # --- other processes, and what waits
 
 
@@ -370,7 +389,21 @@ def test_an_agent_that_holds_the_lock_and_tries_nothing_is_named(host, child):
 
     assert found["agent"]["level"] == "error"
     assert "has tried nothing for 2 h, 1 pending" in found["agent"]["finding"]
+    assert b"the agent has tried nothing for 2 h" in host.run("check").stdout
     assert found["pending"]["level"] == "warning"
+
+
+def test_an_agent_whose_events_wait_for_a_receipt_is_not_to_be_restarted(host):
+    """Behind an exported record its product waits for the far side, not for the agent."""
+    host.queue("payments", 2)
+    host.close_outbox()
+    alter(host.path, f"UPDATE record SET queued_at = {time.time() - 7200}")
+    alter(host.path, "UPDATE record SET state = 'exported', batch = -1 WHERE id = 1")
+    host.agent()
+    os.utime(f"{host.path}.flusher", (time.time() - 7200,) * 2)
+
+    assert examine(host)["agent"]["level"] == "ok"
+    assert host.run("check", "--age-warning", "none").returncode == 0
 
 
 def test_a_destination_that_needs_a_person_is_an_error_while_events_wait(host):
@@ -465,6 +498,9 @@ def test_a_key_that_is_missing_malformed_or_open_to_others_is_named(host):
     assert malformed["finding"] == "the key in VERSIONER_API_KEY is not of the form sk_ACCOUNT_…"
     assert "holds characters that no key has" in garbage["finding"]
     assert "does not exist" in gone["finding"]
+    (host.directory / "empty").touch()
+    empty = examine(host, VERSIONER_API_KEY="", VERSIONER_AGENT_API_KEY_FILE=str(host.directory / "empty"))["key"]
+    assert (empty["level"], empty["finding"].partition(" (")[2]) == ("error", f"{host.directory}/empty is empty)")
     shown = host.run(
         "doctor", "--offline", VERSIONER_API_KEY="", VERSIONER_AGENT_API_KEY_FILE=str(file)
     ).stdout.decode()
@@ -649,6 +685,8 @@ def test_a_proxy_that_is_down_is_named(host, variable):
 
     assert found["proxy"]["finding"] == f"http://{where} ({variable})"
     assert found["tcp"]["level"] == "error"
+    assert found["tcp"]["finding"].endswith(": Connection refused (the proxy's)")
+    assert "whether the proxy runs" in found["tcp"]["action"]
 
 
 # --- TLS

@@ -205,6 +205,15 @@ def test_a_count_that_a_bit_has_changed_is_corrected(outbox, store, seed):
     assert not damage.recount(store)
 
 
+def test_who_delivers_has_until_the_end_of_the_longest_pause(outbox, store):
+    """A product whose event fails waits by itself, and the destination is up."""
+    record_id = outbox.enqueue("build", {"product_name": "a", "version": "1", "status": "completed"}).id
+    with store.write() as connection:
+        connection.execute("UPDATE record SET last_attempt_at = 4e9 WHERE id = ?", (record_id,))
+
+    assert gauges.look(store, max_backoff=3600.0).last_sign_at == 4e9 + 3600
+
+
 def test_nonsense_in_a_damaged_file_is_no_traceback(outbox, store):
     outbox.enqueue("build", {"product_name": "a", "version": "1", "status": "completed"})
     with store.write() as connection:

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from versioner_agent import events, repair, review, selecting
+from versioner_agent import events, repair, review, selecting, stepping
 from versioner_agent.filters import Filter
 
 DEPLOYMENT = {"product_name": "a", "version": "1", "environment_name": "prod", "invoke_id": "7"}
@@ -72,6 +72,17 @@ def test_what_was_planned_is_done_in_order(outbox, monkeypatch):
         (number, "retried", "") for number in range(1, 6)
     ]
     assert states(outbox) == {**dict.fromkeys(range(1, 6), "pending"), 6: "failed", 7: "failed"}
+
+
+def test_what_takes_long_to_judge_keeps_no_lock_for_a_page(outbox, monkeypatch):
+    """Thousands of events with one invoke_id: each is held against all of them."""
+    ids = queue(outbox, 5)
+    set_state(outbox, "failed", *ids)
+    monkeypatch.setattr(stepping, "WORK_S", -1.0)  # each takes longer than a transaction may
+    steps = list(repair.act(outbox.store, FAILED, ids[-1], functools.partial(review.retry_one, **RETRY)))
+
+    assert [[verdict.id for verdict in step] for step in steps] == [[each] for each in ids]
+    assert set(states(outbox).values()) == {"pending"}
 
 
 def test_what_came_after_the_plan_is_left_alone(outbox):

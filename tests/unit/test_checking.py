@@ -23,12 +23,15 @@ CONDITIONS = {
     "failed": ({"counts": {"failed": 1}}, WARNING, r"1 event failed \(`versioner-agent list --state failed`\)"),
     "many failed": ({"counts": {"failed": 50_000}}, WARNING, r"50000 events failed .*"),
     "little space": ({"free_bytes": 500 * 2**20 - 1}, WARNING, r"500 MiB free beside the outbox"),
+    "read-only": ({"is_read_only": True}, CRITICAL, r"the outbox lies on a read-only file system: .*"),
     "hardly any space": ({"free_bytes": 64 * 2**20 - 1}, CRITICAL, r"64 MiB free beside the outbox"),
     "space unknown": ({"free_bytes": None}, OK, r".*"),
     "no agent": ({"has_agent": False, "is_delivering": False}, CRITICAL, r"events are pending and no agent is running"),
     "no agent, nothing to do": (
         {"has_agent": False, "is_delivering": False, "counts": {"pending": 0}}, WARNING, r"no agent is running",
     ),
+    "an agent that hangs": ({"last_sign_at": NOW - 610}, CRITICAL, r"the agent has tried nothing for 10 min: .*"),
+    "an agent with nothing to do": ({"last_sign_at": None}, OK, r".*"),
     "a flush": ({"has_agent": False}, OK, r".*"),
     "agent waits for a flush": ({"is_delivering": False}, OK, r".*"),
     "unauthorized": (

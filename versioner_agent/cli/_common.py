@@ -19,15 +19,18 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say more on
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
 
+#: Settings that name a file, which shells complete.
+FILE_KEYS = ("db", "api_key_file", "ca_bundle", "metrics_file")
+
+
 def settings_options(*keys: str) -> Callable[[Decorated], Decorated]:
     """Offer `--config`, `--verbose` and the flags of the given settings; they arrive under the settings' keys."""
 
     def decorate(function: Decorated) -> Decorated:
         for key in reversed(("db", *keys)):
             option = config.BY_KEY[key]
-            function = click.option(option.flag, key, metavar="PATH" if key == "db" else "VALUE", help=option.help)(
-                function
-            )
+            metavar = "PATH" if key in FILE_KEYS else "VALUE"
+            function = click.option(option.flag, key, metavar=metavar, help=option.help)(function)
         function = click.option("--config", metavar="PATH", help="Configuration file; replaces both standard ones.")(
             function
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections.abc import Callable
 from itertools import islice
@@ -36,7 +38,8 @@ def show_new(
 ) -> None:
     """Show what the cursor *name* has not seen, and move it; *show* gets records, and whether they are the first.
 
-    The cursor is moved when they were written: what a closed pipe or a full disk has kept from that is shown again.
+    The cursor is moved when they were written, to a file with a sync as its own commit has one: what a closed pipe, a
+    full disk or a power cut has kept from that is shown again.
     """
     from versioner_agent import cursors  # noqa: PLC0415
 
@@ -47,9 +50,20 @@ def show_new(
                 show(step.records, is_first)
                 is_first = False
                 sys.stdout.flush()
+                _sync_stdout()
             if getattr(sys.stdout, "is_lost", False):
                 return
             cursors.move(store, name, step)
+
+
+def _sync_stdout() -> None:
+    """Have what was written to stdout on its disk, if that is a file; raises OSError."""
+    try:
+        fd = sys.stdout.fileno()
+    except (OSError, ValueError):  # none of the system's
+        return
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        os.fsync(fd)
 
 
 def show_groups(store: Store, wanted: Filter, limit: int | None, *, as_json: bool) -> bool:
@@ -57,7 +71,8 @@ def show_groups(store: Store, wanted: Filter, limit: int | None, *, as_json: boo
     from versioner_agent import groups  # noqa: PLC0415
 
     has_any = False
-    for group in islice(groups.groups(store, wanted), limit):
+    most = sys.maxsize if limit is None else min(limit, sys.maxsize)
+    for group in islice(groups.groups(store, wanted), most):
         has_any = True
         if as_json:
             echo_json(groups.group_json(group))

@@ -98,10 +98,7 @@ def _look(settings: Settings, limits: dict[str, float | None], *, wants_agent: b
     from versioner_agent.storage import Store  # noqa: PLC0415
 
     with closing(Store(settings.db, min(settings.busy_timeout, MOST_BUSY_S))) as store:
-        view = gauges.look(store)
-        directory = os.path.dirname(store.path)
-        if not view.is_there and settings.is_explicit("db") and not os.path.isdir(directory):
-            return CRITICAL, line(CRITICAL, f"there is no directory {directory}: is its disk mounted?")
+        view = gauges.look(store, is_named=settings.is_explicit("db"), max_backoff=settings.max_backoff)
     return report(view, limits, time.time(), wants_agent=wants_agent)
 
 

@@ -35,7 +35,7 @@ def metrics(textfile: str | None, **options: Any) -> None:
     directory = os.path.dirname(os.path.realpath(settings.db))
     with as_owner_of(directory), closing(Store(settings.db, settings.busy_timeout)) as store:
         try:
-            view = gauges.look(store)
+            view = gauges.look(store, is_named=settings.is_explicit("db"))
         except OutboxError as exc:
             problem = exc
     text = render(families(view, gauges.build()))

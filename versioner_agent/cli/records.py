@@ -24,6 +24,7 @@ from versioner_agent.errors import UsageError
 from versioner_agent.text import age, printable, utc_time
 
 if TYPE_CHECKING:
+    from versioner_agent.config import Settings
     from versioner_agent.filters import Filter
     from versioner_agent.records import Record
     from versioner_agent.review import Attempt
@@ -62,10 +63,12 @@ def list_records(groups: bool, cursor: str | None, limit: int | None, as_json: b
     import versioner_agent.cursors  # noqa: PLC0415
     import versioner_agent.groups  # noqa: PLC0415
     import versioner_agent.selecting  # noqa: F401, PLC0415
+    from versioner_agent.files import require_place  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing  # noqa: PLC0415
 
     wanted = _wanted(options, groups=groups, cursor=cursor)
-    store = _store(options)
+    settings = outbox_settings(options)
+    store = _store(settings)
     has_any = False
     try:
         if cursor is not None:
@@ -78,6 +81,8 @@ def list_records(groups: bool, cursor: str | None, limit: int | None, as_json: b
         else:
             has_any = _show_all(store, wanted, limit or LIMIT, as_json=as_json)
     except OutboxMissing:
+        if settings.is_explicit("db"):
+            require_place(store.path)
         has_any = cursor is not None
     finally:
         store.close()
@@ -134,7 +139,7 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
     from versioner_agent import review  # noqa: PLC0415
     from versioner_agent.records import record_json, time_json  # noqa: PLC0415
 
-    store = _store(options)
+    store = _store(outbox_settings(options))
     try:
         found = review.show(store, record_id)
         host = review.host_of(store, found[0]) if found else None
@@ -157,10 +162,9 @@ def show(record_id: int, as_json: bool, **options: Any) -> None:
         echo(line)
 
 
-def _store(options: dict[str, Any]) -> Store:
+def _store(settings: Settings) -> Store:
     from versioner_agent.storage import Store  # noqa: PLC0415
 
-    settings = outbox_settings(options)
     return Store(settings.db, settings.busy_timeout)
 
 

@@ -45,6 +45,7 @@ def status(as_json: bool, **options: Any) -> None:
     versioner-agent status --json
     """
     from versioner_agent import groups, review  # noqa: PLC0415
+    from versioner_agent.files import require_place  # noqa: PLC0415
     from versioner_agent.locks import FlusherLock  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
 
@@ -57,6 +58,8 @@ def status(as_json: bool, **options: Any) -> None:
         stats = review.stats(store)
         failures = groups.summary(store, GROUPS)
     except OutboxMissing:
+        if settings.is_explicit("db"):
+            require_place(store.path)
         stats = review.EMPTY
         failures = groups.Summary([], 0, is_cut=False)
     finally:
