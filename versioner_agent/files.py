@@ -145,7 +145,7 @@ def require_place(path: str) -> None:
     """Raise OutboxError where the directory of the outbox at *path*, which somebody has named, is not there."""
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
-        raise OutboxError(f"there is no directory {directory}: is its disk mounted?", "else make it, or correct db")
+        raise OutboxError(f"there is no directory {directory}: is its disk mounted?", "else correct db")
 
 
 def unusable(path: str, exc: OSError) -> OutboxError:

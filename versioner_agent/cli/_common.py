@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from versioner_agent import config
+from versioner_agent.cli import _notes
 from versioner_agent.config import Settings
 from versioner_agent.text import harmless, json_line
 
@@ -74,6 +75,18 @@ def outbox_settings(options: dict[str, Any]) -> Settings:
     settings = load_settings(options)
     step_down_for(settings)
     return settings
+
+
+def warn_of_lost_place(settings: Settings) -> None:
+    """Say that the directory which somebody has named is not there: else its outbox would pass for an empty one."""
+    from versioner_agent.errors import OutboxError  # noqa: PLC0415
+    from versioner_agent.files import require_place  # noqa: PLC0415
+
+    if settings.is_explicit("db"):
+        try:
+            require_place(os.path.realpath(settings.db))
+        except OutboxError as exc:
+            _notes.warn(exc.message)
 
 
 def step_down_for(settings: Settings) -> None:

@@ -17,6 +17,7 @@ from versioner_agent.cli._common import (
     settings_options,
     styled,
     table,
+    warn_of_lost_place,
 )
 from versioner_agent.cli._failures import cursor_name, show_groups, show_new
 from versioner_agent.cli._filters import filter_of, filter_options
@@ -63,7 +64,6 @@ def list_records(groups: bool, cursor: str | None, limit: int | None, as_json: b
     import versioner_agent.cursors  # noqa: PLC0415
     import versioner_agent.groups  # noqa: PLC0415
     import versioner_agent.selecting  # noqa: F401, PLC0415
-    from versioner_agent.files import require_place  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing  # noqa: PLC0415
 
     wanted = _wanted(options, groups=groups, cursor=cursor)
@@ -81,8 +81,7 @@ def list_records(groups: bool, cursor: str | None, limit: int | None, as_json: b
         else:
             has_any = _show_all(store, wanted, limit or LIMIT, as_json=as_json)
     except OutboxMissing:
-        if settings.is_explicit("db"):
-            require_place(store.path)
+        warn_of_lost_place(settings)
         has_any = cursor is not None
     finally:
         store.close()

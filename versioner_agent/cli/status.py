@@ -17,6 +17,7 @@ from versioner_agent.cli._common import (
     settings_options,
     step_down_for,
     styled,
+    warn_of_lost_place,
 )
 from versioner_agent.cli._failures import group_line
 from versioner_agent.premises import is_stopped
@@ -45,7 +46,6 @@ def status(as_json: bool, **options: Any) -> None:
     versioner-agent status --json
     """
     from versioner_agent import groups, review  # noqa: PLC0415
-    from versioner_agent.files import require_place  # noqa: PLC0415
     from versioner_agent.locks import FlusherLock  # noqa: PLC0415
     from versioner_agent.storage import OutboxMissing, Store  # noqa: PLC0415
 
@@ -58,8 +58,7 @@ def status(as_json: bool, **options: Any) -> None:
         stats = review.stats(store)
         failures = groups.summary(store, GROUPS)
     except OutboxMissing:
-        if settings.is_explicit("db"):
-            require_place(store.path)
+        warn_of_lost_place(settings)
         stats = review.EMPTY
         failures = groups.Summary([], 0, is_cut=False)
     finally:
