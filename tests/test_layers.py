@@ -110,11 +110,11 @@ ALLOWED = {
     "opening": {"birthplace", "errors", "files", "ledger", "locks"},
     "receipts": {
         "batches", "config", "errors", "exportfile", "exports", "importfile", "importlines", "newfile", "outcomes",
-        "privileges", "records", "storage", "text",
+        "privileges", "records", "stepping", "storage", "text",
     },
     "importing": {
         "batches", "errors", "exportfile", "exports", "files", "importfile", "importlines", "integrity", "locks",
-        "migration", "opening", "outbox", "receipts", "records", "schema", "storage",
+        "migration", "opening", "outbox", "receipts", "records", "schema", "stepping", "storage",
     },
     "orphans": {"errors", "jobs", "ledger", "outbox", "text"},
     "wrapper": {"child", "errors", "events", "jobs", "outbox", "privileges", "text"},
