@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from versioner_agent import __version__, review, schema
+from versioner_agent.atonce import at_once
 from versioner_agent.errors import OutboxError
 from versioner_agent.locks import FlusherLock
 from versioner_agent.records import number
@@ -38,7 +39,8 @@ def look(store: Store) -> Snapshot:
     """Measure the outbox, which need not be there; raises OutboxError."""
     is_there = True
     try:
-        stats, more = review.stats(store), _more(store)
+        with at_once(store) as connection:
+            stats, more = review.stats(store), _more(store, connection)
     except OutboxMissing:
         is_there, stats, more = False, review.EMPTY, _NOTHING
     free = None
@@ -67,16 +69,15 @@ def build() -> dict[str, str]:
     return {"version": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
 
 
-def _more(store: Store) -> _More:
-    with store.read() as connection:
-        deliveries = _whole(store.only(connection.execute(DELIVERIES))[0])
-        held = connection.execute(COUNT_HELD, (MOST_HELD + 1,)).fetchone()[0]
-        found = _More(deliveries, held if held <= MOST_HELD else None)
-        if store.version < schema.EXPORTS_SINCE:
-            return found._replace(failures=None, batches=None)
-        failures = connection.execute(COUNT_FAILURES).fetchone()
-        failed = dict(connection.execute(FAILED).fetchall())
-        batches, oldest = connection.execute(BATCHES).fetchone()
+def _more(store: Store, connection: sqlite3.Connection) -> _More:
+    deliveries = _whole(store.only(connection.execute(DELIVERIES))[0])
+    held = connection.execute(COUNT_HELD, (MOST_HELD + 1,)).fetchone()[0]
+    found = _More(deliveries, held if held <= MOST_HELD else None)
+    if store.version < schema.EXPORTS_SINCE:
+        return found._replace(failures=None, batches=None)
+    failures = connection.execute(COUNT_FAILURES).fetchone()
+    failed = dict(connection.execute(FAILED).fetchall())
+    batches, oldest = connection.execute(BATCHES).fetchone()
     return found._replace(
         failures=_whole(failures[0]) if failures else 0,
         failed={reason: _whole(failed.get(reason)) for reason in schema.FAILED_REASONS},

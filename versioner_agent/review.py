@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from versioner_agent import exports
+from versioner_agent.atonce import at_once
 from versioner_agent.birthplace import is_elsewhere
 from versioner_agent.damage import Damage, noted
 from versioner_agent.exports import Overview
@@ -70,7 +71,7 @@ class Verdict(NamedTuple):
 
 def stats(store: Store) -> Stats:
     """Return the outbox at a glance; a handful of index look-ups, whatever its size."""
-    with store.read() as connection:
+    with at_once(store) as connection:
         size = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[
             0
         ]
