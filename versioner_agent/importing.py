@@ -238,6 +238,7 @@ class _Staging:
     def _add(self, connection: sqlite3.Connection, record_id: int, number: int, event: Exported) -> bool:
         """Stage *event* of a file as *record_id*, and tell whether it was not here before."""
         if self._have_arrived[number] or self._is_present(connection, event):
+            connection.execute(UNTELL, (event.origin, event.event_id))
             self.present[number] += 1
             return False
         connection.execute(INSERT_IMPORTED, _row(record_id, event, self.batch))
@@ -342,6 +343,12 @@ FIND_ARRIVAL = "SELECT 1 FROM arrival WHERE uid = ?"
 FIND_WHOLE = "SELECT 1 FROM arrival WHERE uid = ? AND origin = ? AND records >= ?"
 # Who sweeps batches goes by their age.
 TOUCH_BATCH = "UPDATE batch SET created_at = ? WHERE id = ?"
+# Whoever sends it again waits for a verdict: it is kept until it was told anew.
+UNTELL = """
+    DELETE FROM told WHERE record_id = (
+        SELECT id FROM record INDEXED BY record_origin WHERE origin = ? AND event_id = ?
+    )
+"""
 FIND_FIRST_STAGED = "SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT 1"
 INSERT_IMPORTED = """
     INSERT INTO record (

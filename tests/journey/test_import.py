@@ -436,6 +436,26 @@ def test_the_first_telling_counts_for_pruning(origin, connected, tmp_path):
     assert written["records"] == 3
 
 
+def test_what_arrives_again_is_kept_until_its_verdict_was_told_again(origin, connected, tmp_path):
+    """The origin has taken it back and exported it once more: it would wait for a verdict that was told and pruned."""
+    origin.queue("payments", 2)
+    exported(origin, tmp_path / "first")
+    imported(connected, tmp_path / "first")
+    connected.run("flush", "--timeout", "30")
+    write_receipts(connected, tmp_path / "lost")
+    origin.run("retry", "--state", "exported", "--product", "payments", "--yes")
+    exported(origin, tmp_path / "second")
+    imported(connected, tmp_path / "second")
+    with contextlib.closing(Store(connected.path)) as store:
+        assert Ledger(store).prune(time.time() + 1) == 0
+    write_receipts(connected, tmp_path / "receipts")
+    imported(origin, tmp_path / "receipts")
+
+    assert origin.counts() == {"delivered": 2}
+    with contextlib.closing(Store(connected.path)) as store:
+        assert Ledger(store).prune(time.time() + 1) == 2
+
+
 @pytest.fixture
 def pruned(origin, connected, tmp_path):
     """A connected host that has delivered one of two records, and forgotten it; the file still lies on the stick."""
