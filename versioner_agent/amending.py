@@ -211,8 +211,9 @@ def _judge(
         words = f"the corrected event was queued before as {other}"
         return Amendment(record_id, "superseded", changes=changes, detail=words, record=record), None
     first = review.waiting_after(connection, record)
-    words = f"{first} of the same run waits, and goes first" if first is not None else ""
-    return Amendment(record_id, "planned", changes=changes, detail=words, record=record), copy
+    waits = [f"{first} of the same run waits, and goes first"] if first is not None else []
+    detail = "; ".join(filter(None, [*waits, review.sent_still(record)]))
+    return Amendment(record_id, "planned", changes=changes, detail=detail, record=record), copy
 
 
 def _objection(record: Record, payload: bytes) -> str:

@@ -346,18 +346,13 @@ INSERT = """
         (SELECT max(id) FROM record)
     )
 """
-NEXT_OF_ALL = """
-    SELECT {} FROM record INDEXED BY record_state
-    WHERE state = 'pending' AND id > :after AND id <= :until
-        AND COALESCE(batch, 0) NOT IN ({})
+_NEXT = """
+    SELECT {{}} FROM record INDEXED BY {}
+    WHERE state = 'pending'{} AND id > :after AND id <= :until AND COALESCE(batch, 0) NOT IN ({{}})
     ORDER BY id LIMIT :limit
 """
-NEXT_OF_PRODUCT = """
-    SELECT {} FROM record INDEXED BY record_pending
-    WHERE state = 'pending' AND product_name = :product AND id > :after AND id <= :until
-        AND COALESCE(batch, 0) NOT IN ({})
-    ORDER BY id LIMIT :limit
-"""
+NEXT_OF_ALL = _NEXT.format("record_state", "")
+NEXT_OF_PRODUCT = _NEXT.format("record_pending", " AND product_name = :product")
 # Its records may lie on both sides of what was claimed before it was published: the first ones would go last.
 STAGING = "SELECT id FROM batch WHERE published = 0 AND waiting = 0"
 CONDEMN = """

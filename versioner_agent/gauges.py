@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from versioner_agent import __version__, notices, review, schema
+from versioner_agent.atonce import at_once
 from versioner_agent.files import changed_at, require_place
 from versioner_agent.locks import FLUSHER_SUFFIX, FlusherLock
 from versioner_agent.records import number
@@ -44,8 +45,9 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
     """
     is_there, sign = True, None
     try:
-        stats, more = review.stats(store), _more(store)
-        sign = last_sign_at(store, stats, max_backoff)
+        with at_once(store) as connection:
+            stats, more = review.stats(store), _more(store, connection)
+            sign = last_sign_at(store, stats, max_backoff)
     except OutboxMissing:
         if is_named:
             require_place(store.path)
@@ -96,16 +98,15 @@ def build() -> dict[str, str]:
     return {"version": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
 
 
-def _more(store: Store) -> _More:
-    with store.read() as connection:
-        deliveries = _whole(store.only(connection.execute(DELIVERIES))[0])
-        held = connection.execute(COUNT_HELD, (MOST_HELD + 1,)).fetchone()[0]
-        found = _More(deliveries, held if held <= MOST_HELD else None)
-        if store.version < schema.EXPORTS_SINCE:
-            return found._replace(failures=None, batches=None)
-        failures = connection.execute(COUNT_FAILURES).fetchone()
-        failed = dict(connection.execute(FAILED).fetchall())
-        batches, oldest = connection.execute(BATCHES).fetchone()
+def _more(store: Store, connection: sqlite3.Connection) -> _More:
+    deliveries = _whole(store.only(connection.execute(DELIVERIES))[0])
+    held = connection.execute(COUNT_HELD, (MOST_HELD + 1,)).fetchone()[0]
+    found = _More(deliveries, held if held <= MOST_HELD else None)
+    if store.version < schema.EXPORTS_SINCE:
+        return found._replace(failures=None, batches=None)
+    failures = connection.execute(COUNT_FAILURES).fetchone()
+    failed = dict(connection.execute(FAILED).fetchall())
+    batches, oldest = connection.execute(BATCHES).fetchone()
     return found._replace(
         failures=_whole(failures[0]) if failures else 0,
         failed={reason: _whole(failed.get(reason)) for reason in schema.FAILED_REASONS},

@@ -40,6 +40,7 @@ from versioner_agent.outbox import SELECT_NEXT_ID, check_space
 from versioner_agent.receipts import Applied
 from versioner_agent.records import Record
 from versioner_agent.schema import EXPORTS_SINCE
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import OutboxMissing, Store
 
 KIND = "import"  # of the batches made here
@@ -201,6 +202,7 @@ class _Staging:
         self._store = store
         self._files = files
         self._ours = ours
+        self._size = StepSize()
         self._first_id: int | None = None
         self.queued = [0] * len(files)
         self.present = [0] * len(files)
@@ -212,20 +214,38 @@ class _Staging:
 
     def stage(self, chunk: list[tuple[int, Exported]]) -> None:
         """Add events, each with the number of its file; what is here already is counted."""
+        start = 0
+        while start < len(chunk):
+            start += self._step(chunk[start : start + self._size.value])
+
+    def _step(self, events: list[tuple[int, Exported]]) -> int:
+        """Add as many of *events* as one transaction has time for; returns how many."""
+        done = 0
         with self._store.write() as connection:
+            self._size.start()
             check_space(self._store, connection)
             self._check_whole(connection)
             connection.execute(TOUCH_BATCH, (time.time(), self.batch))
             next_id = connection.execute(SELECT_NEXT_ID).fetchone()[0]
-            for number, event in chunk:
-                if self._have_arrived[number] or self._is_present(connection, event):
-                    self.present[number] += 1
-                    continue
-                connection.execute(INSERT_IMPORTED, _row(next_id, event, self.batch))
-                self.queued[number] += 1
-                if self._first_id is None:
-                    self._first_id = next_id
-                next_id += 1
+            for number, event in events:
+                if done and self._size.is_over:
+                    break
+                next_id += self._add(connection, next_id, number, event)
+                done += 1
+        self._size.end(done)
+        return done
+
+    def _add(self, connection: sqlite3.Connection, record_id: int, number: int, event: Exported) -> bool:
+        """Stage *event* of a file as *record_id*, and tell whether it was not here before."""
+        if self._have_arrived[number] or self._is_present(connection, event):
+            connection.execute(UNTELL, (event.origin, event.event_id))
+            self.present[number] += 1
+            return False
+        connection.execute(INSERT_IMPORTED, _row(record_id, event, self.batch))
+        self.queued[number] += 1
+        if self._first_id is None:
+            self._first_id = record_id
+        return True
 
     def publish(self) -> None:
         """Queue all that is staged, and remember the batches it came in."""
@@ -323,6 +343,12 @@ FIND_ARRIVAL = "SELECT 1 FROM arrival WHERE uid = ?"
 FIND_WHOLE = "SELECT 1 FROM arrival WHERE uid = ? AND origin = ? AND records >= ?"
 # Who sweeps batches goes by their age.
 TOUCH_BATCH = "UPDATE batch SET created_at = ? WHERE id = ?"
+# Whoever sends it again waits for a verdict: it is kept until it was told anew.
+UNTELL = """
+    DELETE FROM told WHERE record_id = (
+        SELECT id FROM record INDEXED BY record_origin WHERE origin = ? AND event_id = ?
+    )
+"""
 FIND_FIRST_STAGED = "SELECT id FROM record WHERE batch = ? AND state = 'staged' ORDER BY id LIMIT 1"
 INSERT_IMPORTED = """
     INSERT INTO record (

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 from versioner_agent import exports, mending, migration, reserve, settling
+from versioner_agent.atonce import at_once
 from versioner_agent.batches import CHUNK, FIND_PUBLISHED, drop_staged, hand_over_batch
 from versioner_agent.damage import Damage
 from versioner_agent.errors import OutboxDamaged, OutboxFull
@@ -166,16 +167,12 @@ class Ledger:
         batch that is being marked as exported only look as if they waited.
         """
         while True:
-            with self.store.read() as connection:
-                connection.execute("BEGIN")
-                try:
-                    row = connection.execute(HEAD_OF, (key,)).fetchone()
-                    is_handing_over = connection.execute(FIND_PUBLISHED).fetchone() is not None
-                    if exports.has_tables(self.store):
-                        is_handing_over = is_handing_over or exports.is_marking(connection)
-                        row = None if row and exports.holds(connection, key) else row
-                finally:
-                    connection.execute("COMMIT")
+            with at_once(self.store) as connection:
+                row = connection.execute(HEAD_OF, (key,)).fetchone()
+                is_handing_over = connection.execute(FIND_PUBLISHED).fetchone() is not None
+                if exports.has_tables(self.store):
+                    is_handing_over = is_handing_over or exports.is_marking(connection)
+                    row = None if row and exports.holds(connection, key) else row
             if not is_handing_over:
                 return self._checked(key, row) if row else None
             self.hand_over()
@@ -192,14 +189,14 @@ class Ledger:
 
     def pending(self) -> int:
         """Return how many records wait."""
-        with self.store.read() as connection:
+        with at_once(self.store) as connection:
             waiting = self.store.only(connection.execute(COUNT_WAITING))[0]
             marking = exports.marking(self.store, connection)
         return max(0, waiting - marking) if isinstance(waiting, int) else 0
 
     def standing(self) -> Standing:
         """Return how many records wait and how many failed, and the destination's state."""
-        with self.store.read() as connection:
+        with at_once(self.store) as connection:
             waiting, failed = self.store.only(connection.execute(COUNT_WAITING_AND_FAILED))
             row = self.store.only(connection.execute(SELECT_DESTINATION_ROW))
             marking = exports.marking(self.store, connection)

@@ -19,7 +19,7 @@ from versioner_agent.creation import make_tables, sync_directory
 from versioner_agent.damage import Damage, examine, find, is_large, noted, recount, refuse_foreign
 from versioner_agent.errors import OutboxDamaged, OutboxError
 from versioner_agent.files import create_beside, inode_of, open_plain, size_of
-from versioner_agent.locks import QUEUE_SUFFIX
+from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
 from versioner_agent.salvage import Salvage, rows_of
 from versioner_agent.storage import LENGTH, Store, is_wal
 
@@ -30,7 +30,12 @@ ROWS_A_SIGN = 2000  # rows read from one sign of life to the next
 
 
 def ensure_sound(store: Store, mend_it: Callable[[OutboxDamaged], Damage | None]) -> Damage | None:
-    """Look for damage and have it mended; for who starts to deliver. Raises as `mend` does."""
+    """Look for damage and have it mended; for who starts to deliver. Raises as `mend` does.
+
+    Nobody can queue meanwhile. An agent that runs has looked, and mends what it meets.
+    """
+    if FlusherLock(store.path).presence().has_agent:
+        return None
     damage = find(store)
     mended = None if damage is None else mend_it(damage)
     if not is_large(store):

@@ -17,7 +17,7 @@ from contextlib import closing
 from typing import Any, BinaryIO, NamedTuple
 
 from versioner_agent import __version__, exports
-from versioner_agent.batches import CHUNK, CHUNK_BYTES
+from versioner_agent.batches import CHUNK, CHUNK_BYTES, keep_pages
 from versioner_agent.config import Settings
 from versioner_agent.errors import UsageError
 from versioner_agent.exportfile import Header, Writer, is_compressed, verdict_line
@@ -27,6 +27,7 @@ from versioner_agent.newfile import NewFile, open_old, taken
 from versioner_agent.outcomes import MAX_DETAIL_CHARS, MAX_WORDS_CHARS
 from versioner_agent.privileges import as_owner_of
 from versioner_agent.records import COLUMNS, Record, as_record
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import OutboxMissing, Store
 from versioner_agent.text import bounded, mask_keys
 
@@ -134,22 +135,37 @@ def apply(store: Store, file: ExportFile, ours: str, on_failed: Callable[[Record
     Raises Changed, OutboxError; what was applied until then stays, and applying the file again goes on.
     """
     counts = dict.fromkeys(Applied._fields, 0)
+    size = StepSize()
     for chunk in _chunks(file):
         start = 0
         while start < len(chunk):
-            failed: list[Record] = []
-            with store.write() as connection:
-                size = 0
-                while start < len(chunk) and size <= CHUNK_BYTES:
-                    became, record, written = _apply(connection, chunk[start], ours)
-                    counts[became] += 1
-                    size += written  # a row is written as a whole, its payload too
-                    if became == "failed" and record is not None:
-                        failed.append(record)
-                    start += 1
+            became, failed = _apply_step(store, chunk[start : start + size.value], ours, size)
+            start += len(became)
+            for state in became:
+                counts[state] += 1
             for record in failed:
                 on_failed(record)
     return Applied(**counts)
+
+
+def _apply_step(store: Store, verdicts: list[Verdict], ours: str, size: StepSize) -> tuple[list[str], list[Record]]:
+    """Apply as many of *verdicts* as one transaction has time for; returns what counts each, and what has failed."""
+    counted: list[str] = []
+    failed: list[Record] = []
+    with store.write() as connection:
+        size.start()
+        keep_pages(connection)
+        written = 0
+        for verdict in verdicts:
+            if counted and (written > CHUNK_BYTES or size.is_over):
+                break
+            became, record, length = _apply(connection, verdict, ours)
+            counted.append(became)
+            written += length  # a row is written as a whole, its payload too
+            if became == "failed" and record is not None:
+                failed.append(record)
+    size.end(len(counted))
+    return counted, failed
 
 
 def _apply(connection: sqlite3.Connection, verdict: Verdict, ours: str) -> tuple[str, Record | None, int]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from versioner_agent import exports
+from versioner_agent.atonce import at_once
 from versioner_agent.birthplace import is_elsewhere
 from versioner_agent.damage import Damage, noted
 from versioner_agent.exports import Overview
@@ -70,7 +71,7 @@ class Verdict(NamedTuple):
 
 def stats(store: Store) -> Stats:
     """Return the outbox at a glance; a handful of index look-ups, whatever its size."""
-    with store.read() as connection:
+    with at_once(store) as connection:
         size = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[
             0
         ]
@@ -243,7 +244,14 @@ def discard_one(connection: sqlite3.Connection, record_id: int, *, pending_too: 
     against = discard_objection(found[0], pending_too=pending_too)
     if against is None:
         connection.execute(DISCARD, (time.time(), record_id))
-    return against or Verdict(record_id, "discarded", EXPORTED_STILL if found[0].state == "exported" else "")
+    return against or Verdict(record_id, "discarded", sent_still(found[0]))
+
+
+def sent_still(record: Record) -> str:
+    """Say who may send *record* though it is given up here; empty where nobody does."""
+    if record.state == "exported":
+        return EXPORTED_STILL
+    return CLAIMED_STILL if record.state == "pending" and (record.batch or 0) < 0 else ""
 
 
 def discard_objection(record: Record, *, pending_too: bool) -> Verdict | None:
@@ -266,6 +274,7 @@ def amended_by(store: Store, record_id: int) -> int | None:
 
 EXPORTED_TOO = "whoever imports the file it was exported to sends it too"
 EXPORTED_STILL = "whoever imports the file it was exported to sends it all the same"
+CLAIMED_STILL = "an export that is under way, or was never marked, has it: whoever imports that sends it all the same"
 COUNT_PUBLISHED = "SELECT COALESCE(sum(waiting), 0) FROM batch WHERE published = 1"
 OLDEST_PENDING = "SELECT queued_at FROM record WHERE state = 'pending' ORDER BY id LIMIT 1"
 LATEST = "SELECT record_id FROM failure ORDER BY seq DESC LIMIT ?"

@@ -507,6 +507,19 @@ def test_what_a_dead_export_has_marked_is_exported_for_who_repairs(host, file, c
     assert words in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("command", [("discard", "1", "--yes"), ("amend", "1", "--set", "version=2", "--yes")])
+def test_who_gives_up_what_was_written_and_not_marked_is_told_that_it_may_be_sent(host, command):
+    host.queue("a", 2)
+    host.run("export", "--limit", "1", "-")
+
+    done = host.run(*command)
+    other = host.run(command[0], "2", *command[2:])
+
+    assert b"whoever imports that sends it all the same" in done.stdout
+    assert other.returncode == 0
+    assert b"sends it" not in other.stdout
+
+
 def test_a_held_product_is_not_delivered_until_it_is_let_go(host_for, serve, file):
     server = serve(lambda seen: accepted(f"evt-{seen.key}"))
     host = host_for(server.url)

@@ -16,9 +16,10 @@ from host import eventually
 from scripted import accepted
 from specimen import Specimen, records_of
 
-from versioner_agent import Outbox, damage, review, schema
+from versioner_agent import Outbox, damage, mending, review, schema
 from versioner_agent.errors import OutboxError
 from versioner_agent.ledger import Ledger
+from versioner_agent.locks import FlusherLock
 from versioner_agent.storage import Store
 
 BUILD = {"product_name": "payments", "version": "1.2.3", "status": "completed"}
@@ -111,6 +112,14 @@ def test_who_delivers_mends_first_and_says_so(host, command):
     assert "the outbox was damaged: file is not a database; records saved: 3 pending; unreadable: 0" in said
     assert "Traceback" not in said
     assert len([name for name in kept_files(host.path) if not name.endswith("-journal")]) == 1
+
+
+def test_nobody_looks_through_a_file_whose_agent_has_done_so(host, tmp_path, monkeypatch):
+    """Looking keeps builds from queuing, and an export beside an agent must not."""
+    monkeypatch.setattr(mending, "find", lambda _: pytest.fail("looked"))
+    with contextlib.closing(FlusherLock(host.path)) as agent, contextlib.closing(Store(host.path)) as store:
+        assert agent.claim_agent()
+        assert Ledger(store).open(create=False) is None
 
 
 def test_status_tells_of_damage_until_somebody_has_acknowledged_it(host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from host import eventually
 from scripted import accepted, refused
 from specimen import make_tables
 
-from versioner_agent import damage, events, mending, receipts
+from versioner_agent import damage, events, importing, mending, receipts
 from versioner_agent.batches import CACHE_KIB, INSERT_BATCH, hand_over_all
 from versioner_agent.errors import OutboxError
 from versioner_agent.exportfile import Writer
@@ -28,6 +29,7 @@ from versioner_agent.importing import Listener, import_all
 from versioner_agent.ledger import Ledger
 from versioner_agent.locks import IMPORT_SUFFIX, WriteQueue
 from versioner_agent.records import COLUMNS, as_record, is_intact
+from versioner_agent.stepping import StepSize
 from versioner_agent.storage import Store
 
 IMPORTED = f"SELECT {COLUMNS}, payload FROM record ORDER BY id"
@@ -432,6 +434,26 @@ def test_the_first_telling_counts_for_pruning(origin, connected, tmp_path):
     assert [record_id for record_id, _ in before] == [1, 2]
     assert exports.sql(connected.path, "SELECT * FROM told ORDER BY record_id") == before
     assert written["records"] == 3
+
+
+def test_what_arrives_again_is_kept_until_its_verdict_was_told_again(origin, connected, tmp_path):
+    """The origin has taken it back and exported it once more: it would wait for a verdict that was told and pruned."""
+    origin.queue("payments", 2)
+    exported(origin, tmp_path / "first")
+    imported(connected, tmp_path / "first")
+    connected.run("flush", "--timeout", "30")
+    write_receipts(connected, tmp_path / "lost")
+    origin.run("retry", "--state", "exported", "--product", "payments", "--yes")
+    exported(origin, tmp_path / "second")
+    imported(connected, tmp_path / "second")
+    with contextlib.closing(Store(connected.path)) as store:
+        assert Ledger(store).prune(time.time() + 1) == 0
+    write_receipts(connected, tmp_path / "receipts")
+    imported(origin, tmp_path / "receipts")
+
+    assert origin.counts() == {"delivered": 2}
+    with contextlib.closing(Store(connected.path)) as store:
+        assert Ledger(store).prune(time.time() + 1) == 2
 
 
 @pytest.fixture
@@ -878,6 +900,44 @@ finally:
 
 #: A small process in between: a child begins with the peak of the one that it was forked from.
 PEAK_OF = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+
+
+def test_on_a_slow_disk_each_step_does_one(origin, connected, tmp_path, monkeypatch):
+    """No transaction goes on once its time is over, neither staging events nor applying verdicts."""
+    origin.queue("payments", 20)
+    exported(origin, tmp_path / "out")
+    seconds = itertools.count()
+    for module in (importing, receipts):
+        monkeypatch.setattr(module, "StepSize", lambda: StepSize(lambda: float(next(seconds))))
+    commits = []
+    with contextlib.closing(Store(connected.path)) as store:
+        import_file(store, tmp_path / "out", commits, monkeypatch)
+    assert len(commits) >= 20
+
+    exports.sql(connected.path, "UPDATE record SET state = 'delivered', settled_at = queued_at")
+    write_receipts(connected, tmp_path / "back")
+    commits.clear()
+    with contextlib.closing(Store(origin.path)) as store:
+        import_file(store, tmp_path / "back", commits, monkeypatch)
+    assert len(commits) >= 20
+    assert origin.counts() == {"delivered": 20}
+
+
+def import_file(store, path, commits, monkeypatch):
+    """Import the file at *path* into *store*; each transaction adds to *commits*."""
+    turn = store.turn
+
+    @contextlib.contextmanager
+    def counted():
+        commits.append(1)
+        with turn():
+            yield
+
+    monkeypatch.setattr(store, "turn", counted)
+    with path.open("rb") as stream:
+        file = ExportFile(str(path), stream)
+        file.check()
+        import_all(store, [file], Listener())
 
 
 def test_memory_does_not_grow_with_the_file(host_for, tmp_path):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from versioner_agent import review
+from versioner_agent import batches, exports, gauges, review
+from versioner_agent.errors import OutboxError
+from versioner_agent.events import validate
 from versioner_agent.ledger import Ledger
 from versioner_agent.records import record_json
 from versioner_agent.review import discard, retry, show, stats
+from versioner_agent.stepping import StepSize
+from versioner_agent.storage import Store
 
 DEPLOYMENT = {"product_name": "a", "version": "1", "environment_name": "prod", "invoke_id": "7"}
 
@@ -188,3 +194,49 @@ def test_record_has_the_documented_keys(outbox):
     assert found["late"] is False
     assert found["queued_at"].endswith("Z")
     assert found["settled_at"] is None
+
+
+def hand_over(store):
+    batches.hand_over_batch(store, 100)
+
+
+def turn(store):
+    exports.turn(store, StepSize())
+
+
+@pytest.mark.parametrize("step", [hand_over, turn])
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda store: review.stats(store).counts["pending"],
+        lambda store: gauges.look(store).counts["pending"],
+        lambda store: Ledger(store).pending(),
+        lambda store: Ledger(store).standing().pending,
+    ],
+    ids=["status", "metrics", "flush", "agent"],
+)
+def test_what_is_counted_is_of_one_moment(outbox, monkeypatch, count, step):
+    """Whoever hands a batch over between two queries, or turns what is exported, changes no number."""
+    pending = batches.CHUNK + 1
+    many = [validate("build", {"product_name": "a", "version": str(n), "status": "ok"}) for n in range(pending)]
+    with monkeypatch.context() as patch:
+        if step == hand_over:
+            patch.setattr(batches, "hand_over_batch", lambda _: False)
+        outbox.enqueue_all(many)
+    if step == turn:
+        pending = 0
+        export = exports.begin(outbox.store, None, 1.0)
+        found = exports.Claimed([], [], 0, is_end=False)
+        while not found.is_end:
+            found = exports.claim(outbox.store, export, found.last_id, StepSize(), 99, 1.0)
+        exports.mark(outbox.store, export, exports.Written(len(many), 1, len(many), "d"), len(many), None)
+
+    with contextlib.closing(Store(outbox.store.path, 0.05)) as other:
+
+        def on_query(_):
+            with contextlib.suppress(OutboxError):
+                step(other)
+
+        with outbox.store.read() as connection:
+            connection.set_trace_callback(on_query)
+        assert count(outbox.store) == pending
