@@ -105,7 +105,8 @@ class Pruner:
     def _remove_one(self, connection: sqlite3.Connection, record_id: int) -> int:
         """Remove a record, looking at its state again; one that was told and is not over is to be told again."""
         is_found = connection.execute(PRUNE, (record_id,)).rowcount or connection.execute(UNTELL, (record_id,)).rowcount
-        if not is_found:  # and would be looked at for ever
+        if not is_found and connection.execute(IS_IMPORTED, (record_id,)).fetchone() is None:
+            # and would be looked at for ever; one that was imported has arrived again meanwhile, and is to be told anew
             raise self._store.suspected(f"the index of old records is wrong about record {record_id}")
         return is_found
 
@@ -123,7 +124,11 @@ FIND_TOLD = """
     SELECT record_id, COALESCE(length(payload), 0) FROM told INDEXED BY told_at LEFT JOIN record ON id = record_id
     WHERE at < ? ORDER BY at LIMIT ?
 """
-PRUNE = "DELETE FROM record WHERE id = ? AND state IN ('delivered', 'discarded')"
+PRUNE = """
+    DELETE FROM record WHERE id = ? AND state IN ('delivered', 'discarded')
+        AND (origin IS NULL OR EXISTS (SELECT 1 FROM told WHERE record_id = record.id))
+"""
+IS_IMPORTED = "SELECT 1 FROM record WHERE id = ? AND origin IS NOT NULL"
 UNTELL = "DELETE FROM told WHERE record_id = ?"
 FIND_OLD_EXPORT = """
     SELECT id FROM export INDEXED BY export_unanswered

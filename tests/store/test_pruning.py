@@ -122,6 +122,15 @@ def test_a_record_that_was_told_and_waits_again_is_to_be_told_again(outbox):
     assert ask(outbox, "SELECT * FROM told") == []
 
 
+def test_what_arrives_again_just_before_it_is_removed_stays(outbox, monkeypatch):
+    (record_id,) = queue(outbox, 1)
+    change(outbox, "UPDATE record SET origin = 'o', state = 'delivered', settled_at = 1")
+    monkeypatch.setattr(Pruner, "_old", lambda *_: [(record_id, 1)])
+
+    assert Pruner(outbox.store).prune(NOW) == 0
+    assert ids(outbox) == {record_id}
+
+
 def test_an_index_that_is_wrong_about_what_is_old_removes_nothing(outbox, monkeypatch):
     """It would name the same record for ever."""
     (record_id,) = queue(outbox, 1)
