@@ -558,7 +558,7 @@ def test_root_reads_files_with_its_own_rights_and_writes_as_the_owner(reachable,
     path = str(state / "outbox.db")
     env = {**os.environ, "VERSIONER_AGENT_DB": path, "VERSIONER_AGENT_CONFIG": os.devnull}
 
-    for arguments in (("import", "file"), ("export", "--receipts", "receipts"), ("import", "-")):
+    for arguments in (("import", "file"), ("import", "-"), ("export", "--receipts", "receipts")):
         if arguments[0] == "export":
             exports.sql(path, "UPDATE record SET state = 'delivered', settled_at = queued_at")
         names = [str(tmp_path / each) if each in ("file", "receipts") else each for each in arguments]
