@@ -134,8 +134,8 @@ ALLOWED = {
         "review", "storage",
     },
     "doctor": {
-        "config", "configfile", "damage", "errors", "events", "findings", "gauges", "layout", "locks", "masked", "notices",
-        "outbox", "outcomes", "premises", "review", "schema", "storage", "text", "urls",
+        "atonce", "config", "configfile", "damage", "errors", "events", "findings", "gauges", "layout", "locks", "masked",
+        "notices", "outbox", "outcomes", "premises", "review", "schema", "storage", "text", "urls",
     },
     "premises": {"files", "findings", "locks", "mounts"},
     "servicing": {"errors", "findings", "machine", "shipped"},

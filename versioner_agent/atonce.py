@@ -11,15 +11,11 @@ from versioner_agent.storage import Store
 
 @contextmanager
 def at_once(store: Store) -> Iterator[sqlite3.Connection]:
-    """Lend the connection as `Store.read` does, for queries that belong together; one block may lie in another.
+    """Lend the connection as `Store.read` does, for queries that belong together; no block may lie in another.
 
     No commit happens meanwhile, so that it must be short. Raises OutboxMissing, OutboxBusy, OutboxError.
     """
     with store.read() as connection:
-        is_inner: bool = connection.in_transaction
-        if is_inner:
-            yield connection
-            return
         connection.execute("BEGIN")
         try:
             yield connection

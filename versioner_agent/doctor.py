@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from versioner_agent import config, damage, gauges, layout, masked, notices, premises, review, schema, urls
+from versioner_agent.atonce import at_once
 from versioner_agent.config import Key, Settings
 from versioner_agent.configfile import File, Problem
 from versioner_agent.errors import OutboxBusy, OutboxError, OutboxOutdated
@@ -132,11 +133,13 @@ def outbox(case: Case, key: Key, now: float, *, deep: bool) -> tuple[list[Findin
         whole = _outbox(store, deep=deep)
         found = [whole, *premises.examine(store.path, is_named=settings.is_explicit("db"))]
         with suppress(OutboxError, OSError):  # the check of the outbox says why
-            stats = review.stats(store)
+            with at_once(store) as connection:
+                stats = review.stats_of(store, connection)
+                sign = gauges.last_sign_at(store, connection, stats, settings.max_backoff)
             found += [*_past_damage(stats), *_sqlite(store), *_machine(stats), *_exports(stats, now)]
             found += [
                 *_destination(stats, _here(case, key)),
-                *_agent(stats, presence, gauges.last_sign_at(store, stats, settings.max_backoff), now),
+                *_agent(stats, presence, sign, now),
                 *_pending(stats, now),
             ]
     return found, presence

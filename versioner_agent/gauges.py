@@ -46,8 +46,8 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
     is_there, sign = True, None
     try:
         with at_once(store) as connection:
-            stats, more = review.stats(store), _more(store, connection)
-            sign = last_sign_at(store, stats, max_backoff)
+            stats, more = review.stats_of(store, connection), _more(store, connection)
+            sign = last_sign_at(store, connection, stats, max_backoff)
     except OutboxMissing:
         if is_named:
             require_place(store.path)
@@ -76,14 +76,13 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
     )
 
 
-def last_sign_at(store: Store, stats: Stats, max_backoff: float) -> float | None:
+def last_sign_at(store: Store, connection: sqlite3.Connection, stats: Stats, max_backoff: float) -> float | None:
     """Return when whoever delivers has last shown, or is to show next, while something waits for him; else None.
 
-    What waits for a receipt, behind exported records of its product, does not. Raises OutboxError.
+    What waits for a receipt, behind exported records of its product, does not.
     """
-    with store.read() as connection:
-        query = FIRST_UNHELD if store.version >= schema.EXPORTS_SINCE else notices.OLDEST_PENDING
-        found = connection.execute(query).fetchone()
+    query = FIRST_UNHELD if store.version >= schema.EXPORTS_SINCE else notices.OLDEST_PENDING
+    found = connection.execute(query).fetchone()
     if found is None:
         return None
     started = changed_at(store.path + FLUSHER_SUFFIX)

@@ -72,21 +72,24 @@ class Verdict(NamedTuple):
 def stats(store: Store) -> Stats:
     """Return the outbox at a glance; a handful of index look-ups, whatever its size."""
     with at_once(store) as connection:
-        size = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[
-            0
-        ]
-        tally = dict(connection.execute("SELECT state, n FROM tally").fetchall())
-        if not all(isinstance(tally.get(state), int) for state in STATES):
-            raise store.suspected("the counts of records by state are not readable")
-        published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
-        oldest = connection.execute(OLDEST_PENDING).fetchone()
-        failure = connection.execute(LAST_FAILURE.format(_latest(store)), (1,)).fetchone()
-        held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
-        row = store.only(connection.execute(DESTINATION_ROW))
-        damage = noted(connection)
-        other_machine = is_elsewhere(store, connection)
-        marking = exports.marking(store, connection)
-        overview = exports.overview(connection) if exports.has_tables(store) else Overview([], 0)
+        return stats_of(store, connection)
+
+
+def stats_of(store: Store, connection: sqlite3.Connection) -> Stats:
+    """Do the same through *connection*, which is `at_once`."""
+    size = connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]
+    tally = dict(connection.execute("SELECT state, n FROM tally").fetchall())
+    if not all(isinstance(tally.get(state), int) for state in STATES):
+        raise store.suspected("the counts of records by state are not readable")
+    published = connection.execute(COUNT_PUBLISHED).fetchone()[0]
+    oldest = connection.execute(OLDEST_PENDING).fetchone()
+    failure = connection.execute(LAST_FAILURE.format(_latest(store)), (1,)).fetchone()
+    held = connection.execute(HELD, (HELD_SHOWN,)).fetchall()
+    row = store.only(connection.execute(DESTINATION_ROW))
+    damage = noted(connection)
+    other_machine = is_elsewhere(store, connection)
+    marking = exports.marking(store, connection)
+    overview = exports.overview(connection) if exports.has_tables(store) else Overview([], 0)
     tally["pending"] = max(0, tally["pending"] + published - marking)
     tally["exported"] += marking
     return Stats(
