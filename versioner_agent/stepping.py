@@ -13,12 +13,14 @@ FIRST_STEP = 32
 MOST_STEP = 1000
 
 
-def next_step(done: int, taken_s: float) -> int:
+def next_step(done: int, taken_s: float, fixed_s: float = 0.0) -> int:
     """Return how much fits into the next transaction, after one that did *done* took *taken_s*; at least 1.
 
-    It is believed at once that the disk has become slower, and doubled at most when it is faster.
+    It is believed at once that the disk has become slower, and doubled at most when it is faster. Of what *fixed_s*
+    goes for, whatever is done, smaller steps would only be more: it leaves WORK_S at least.
     """
-    fits = int(done * AIM_S / taken_s) if taken_s > 0 else MOST_STEP
+    work_s = taken_s - fixed_s
+    fits = int(done * max(AIM_S - fixed_s, WORK_S) / work_s) if work_s > 0 else MOST_STEP
     return max(1, min(fits, 2 * done, MOST_STEP))
 
 
@@ -30,6 +32,7 @@ class StepSize:
         self.value = FIRST_STEP
         self._clock = clock
         self._started = 0.0
+        self._fixed_s = 0.0  # of a transaction: what its syncs take, on some disks more than AIM_S
 
     def start(self) -> None:
         """Begin a transaction: our turn has come, for waiting for it says nothing about the disk."""
@@ -44,4 +47,5 @@ class StepSize:
         """Learn from a transaction that has committed *done*; one that had little to do says nothing."""
         taken_s = self._clock() - self._started
         if done and (done >= self.value or taken_s > WORK_S):
-            self.value = next_step(done, taken_s)
+            self._fixed_s = taken_s if done == 1 else min(self._fixed_s, taken_s)
+            self.value = next_step(done, taken_s, self._fixed_s)

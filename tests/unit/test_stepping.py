@@ -18,8 +18,8 @@ def test_a_step_takes_what_fits_into_its_time():
 class Disk:
     """A clock that goes on by what work takes here."""
 
-    def __init__(self, per_record_s):
-        self.now, self.per_record_s = 0.0, per_record_s
+    def __init__(self, per_record_s, per_commit_s=0.0):
+        self.now, self.per_record_s, self.per_commit_s = 0.0, per_record_s, per_commit_s
 
     def clock(self):
         return self.now
@@ -28,7 +28,7 @@ class Disk:
         """Do one transaction of *size*, as far as there is something *waiting*; returns how much that was."""
         done = min(size.value, waiting)
         size.start()
-        self.now += done * self.per_record_s
+        self.now += done * self.per_record_s + self.per_commit_s
         size.end(done)
         return done
 
@@ -73,3 +73,25 @@ def test_waiting_for_our_turn_is_not_taken_for_a_slow_disk():
         disk.work(size)
 
     assert size.value == 8 * FIRST_STEP
+
+
+@pytest.mark.parametrize("per_commit_s", [0.03, 0.045, 0.06, 0.2], ids=str)
+def test_a_disk_whose_syncs_take_long_is_not_given_more_of_them(per_commit_s):
+    """Steps of one record would take as long each: a million of them took a day."""
+    disk = Disk(0.0001, per_commit_s)
+    size = StepSize(disk.clock)
+    for _ in range(60):
+        disk.work(size)
+
+    assert all(90 <= disk.work(size) <= 400 for _ in range(20))
+
+
+def test_syncs_that_take_long_for_a_while_are_forgotten():
+    disk = Disk(0.004, 0.09)
+    size = StepSize(disk.clock)
+    for _ in range(60):
+        disk.work(size)
+    disk.per_commit_s = 0.0
+    steps = [disk.work(size) for _ in range(30)]
+
+    assert max(steps) * disk.per_record_s < 0.1
