@@ -96,22 +96,24 @@ def export_to(
 ) -> Exported | None:
     """Write the same to *stream* and mark nothing: `mark` does that by the digest.
 
-    Delivering is borrowed until all is in a temporary file: a reader that hangs keeps nothing else from being sent.
+    Delivering is borrowed until all is in a temporary file: a reader that hangs keeps nothing else from being sent. The
+    digest is noted before the first byte goes out: who has read it can mark the batch, whatever becomes of us.
     """
     with closing(Store(settings.db, settings.busy_timeout)) as store, _spooled() as spool:
         ledger = Ledger(store)
         with borrowed(store, settings), owned(store):
             batch = _write(ledger, spool, product, limit, _spool_error, compressed=False)
-        if batch is None:
-            return None
-        spool.seek(0)
+            if batch is None:
+                return None
+            spool.seek(0)  # nothing is left that its disk may have no room for
+            ledger.with_room(lambda: exports.close(store, batch.export, batch.written))
         try:
             shutil.copyfileobj(spool, stream)
             stream.flush()
         except OSError as exc:
+            with owned(store), suppress(OutboxError):
+                exports.withdraw(store, batch.export)
             raise _stream_error(exc) from exc
-        with owned(store):
-            ledger.with_room(lambda: exports.close(store, batch.export, batch.written))
         return batch.exported(None)
 
 

@@ -137,8 +137,7 @@ def claim(store: Store, export: Export, after: int, size: StepSize, most: int, n
 def _condemn(store: Store, export: Export, record: Record, now: float) -> None:
     with store.write() as connection:
         named = {"now": now, "detail": DAMAGED, "id": record.id, "batch": -export.id}
-        is_done = connection.execute(CONDEMN, named).rowcount > 0
-        if not is_done and connection.execute(IS_PENDING, (record.id,)).fetchone():
+        if not connection.execute(CONDEMN, named).rowcount and connection.execute(IS_PENDING, (record.id,)).fetchone():
             raise store.suspected(f"the damaged record {record.id} can't be marked as such")
 
 
@@ -164,6 +163,12 @@ def close(store: Store, export: Export, written: Written) -> None:
         named = {**written._asdict(), "id": export.id}
         if connection.execute(CLOSE, named).rowcount != 1:
             raise store.suspected(f"the batch {export.id} is gone")
+
+
+def withdraw(store: Store, export: Export) -> None:
+    """Forget the digest of what nobody has read to its end: what there is of it may be replaced."""
+    with store.write() as connection:
+        connection.execute("UPDATE export SET digest = NULL WHERE id = ? AND state = 'open'", (export.id,))
 
 
 def drop(store: Store, export: Export) -> None:
@@ -328,12 +333,9 @@ def _export(row: tuple[object, ...]) -> Export:
     """Return *row* as an Export, each of its own type whatever a damaged file holds."""
     whole = [int(number(value) or 0) for value in row]
     words = [text(value) for value in row]
-    uid, state = words[1] or "", words[3] or ""
-    first, last = whole[5] or None, whole[6] or None
-    records, waiting, awaited, marked_to = whole[7:11]
     return Export(
-        whole[0], uid, number(row[2]) or 0.0, state, words[4], first, last, records, waiting, awaited, marked_to,
-        words[11], words[12], words[13],
+        whole[0], words[1] or "", number(row[2]) or 0.0, words[3] or "", words[4], whole[5] or None, whole[6] or None,
+        whole[7], whole[8], whole[9], whole[10], words[11], words[12], words[13],
     )  # fmt: skip
 
 

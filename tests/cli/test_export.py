@@ -361,6 +361,19 @@ def test_a_reader_that_leaves_makes_nothing_markable(host):
     assert host.counts() == {"pending": 300}
 
 
+def test_who_has_read_the_digest_can_mark_by_it_though_the_export_is_killed(host):
+    """Nothing has to be written into the outbox behind what its reader has seen."""
+    host.queue("a", 300)
+    with subprocess.Popen((*COMMAND, "export", "-"), stdout=subprocess.PIPE, env=host.env) as export:
+        export.stdout.peek()
+        with host._outbox.store.turn():
+            digest = parsed(export.stdout.read())[2]["sha256"]
+            export.kill()
+
+    assert host.run("export", "--mark", digest).stdout[:32] == b"marked 300 of 300 records as exp"
+    assert host.counts() == {"exported": 300}
+
+
 def test_no_room_for_what_is_to_go_to_stdout_marks_nothing_and_writes_nothing(host, small_disk):
     host.queue("a", 300)
 
