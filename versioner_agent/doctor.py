@@ -242,6 +242,9 @@ def _agent(stats: Stats, presence: Presence, sign: float | None, now: float) -> 
     pid = presence.agent_pid
     if pid is not None and premises.is_stopped(pid):
         return [Finding("agent", "error", f"pid {pid} holds the lock and is stopped", f"kill -CONT {pid}")]
+    if presence.has_borrower:
+        words = f"running (pid {pid or 'unknown'}), lent to an export (pid {presence.borrower_pid or 'unknown'})"
+        return [ok("agent", words)]
     if sign is not None and (idle_s := now - sign) > notices.UNATTENDED_S:
         words = f"pid {pid or 'unknown'} holds the lock and has tried nothing for {duration(idle_s)}, {pending} pending"
         return [Finding("agent", "error", words, "restart it (`systemctl restart versioner-agent`)")]

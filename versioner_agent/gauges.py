@@ -44,10 +44,12 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
     *max_backoff* (seconds) is the longest pause between two tries.
     """
     is_there, sign = True, None
+    presence = FlusherLock(store.path).presence()
     try:
         with at_once(store) as connection:
             stats, more = review.stats_of(store, connection), _more(store, connection)
-            sign = last_sign_at(store, connection, stats, max_backoff)
+            if not presence.has_borrower:  # an agent that has lent delivering tries nothing
+                sign = last_sign_at(store, connection, stats, max_backoff)
     except OutboxMissing:
         if is_named:
             require_place(store.path)
@@ -56,7 +58,6 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
     with suppress(OSError):  # no directory, no space
         place = os.statvfs(os.path.dirname(store.path))
         free, is_read_only = place.f_bavail * place.f_frsize, bool(place.f_flag & os.ST_RDONLY)
-    presence = FlusherLock(store.path).presence()
     return Snapshot(
         is_there=is_there,
         counts={state: _whole(count) for state, count in stats.counts.items()},

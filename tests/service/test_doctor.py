@@ -406,6 +406,25 @@ def test_an_agent_whose_events_wait_for_a_receipt_is_not_to_be_restarted(host):
     assert host.run("check", "--age-warning", "none").returncode == 0
 
 
+def test_an_agent_that_has_lent_delivering_for_long_is_not_to_be_restarted(host):
+    """A million events take their time on a slow stick."""
+    host.queue("payments")
+    host.close_outbox()
+    alter(host.path, f"UPDATE record SET queued_at = {time.time() - 7200}")
+    lock = FlusherLock(host.path)
+    assert lock.claim_borrow()
+    host.start("run")
+    eventually(lambda: host.presence().has_agent)
+    os.utime(f"{host.path}.flusher", (time.time() - 7200,) * 2)
+
+    found = examine(host)["agent"]
+    checked = host.run("check", "--age-warning", "none")
+    lock.close()
+
+    assert (found["level"], f"lent to an export (pid {os.getpid()})" in found["finding"]) == ("ok", True)
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_a_destination_that_needs_a_person_is_an_error_while_events_wait(host):
     host.queue("payments")
     host.close_outbox()
