@@ -10,7 +10,6 @@ HEALTHY = Snapshot(
     is_there=True,
     counts=dict(zip(STATES, (3, 1_000_000, 0, 2, 0), strict=True)),
     bytes=565248,
-    is_read_only=False,
     free_bytes=2**40,
     oldest_pending_at=NOW - 59.75,
     last_delivered_at=NOW - 5,

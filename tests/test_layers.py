@@ -80,7 +80,7 @@ ALLOWED = {
         "bodies", "errors", "events", "filters", "groups", "integrity", "outbox", "records", "review", "schema",
         "selecting", "storage", "values",
     },
-    "gauges": {"atonce", "files", "locks", "notices", "records", "review", "schema", "snapshot", "storage"},
+    "gauges": {"atonce", "errors", "files", "locks", "notices", "records", "review", "schema", "snapshot", "storage"},
     "metrics_file": {"errors", "files", "gauges", "metrics", "storage"},
     "jobs": {"bodies", "creation", "errors", "events", "files", "values"},
     "child": set(),

@@ -5,7 +5,6 @@ Nothing here counts records one by one: a reader blocks every commit of a rollba
 
 from __future__ import annotations
 
-import os
 import platform
 import sqlite3
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from versioner_agent import __version__, notices, review, schema
 from versioner_agent.atonce import at_once
+from versioner_agent.errors import OutboxError
 from versioner_agent.files import changed_at, require_place
 from versioner_agent.locks import FLUSHER_SUFFIX, FlusherLock
 from versioner_agent.records import number
@@ -54,16 +54,14 @@ def look(store: Store, *, is_named: bool = False, max_backoff: float = 0.0) -> S
         if is_named:
             require_place(store.path)
         is_there, stats, more = False, review.EMPTY, _NOTHING
-    free, is_read_only = None, False
-    with suppress(OSError):  # no directory, no space
-        place = os.statvfs(os.path.dirname(store.path))
-        free, is_read_only = place.f_bavail * place.f_frsize, bool(place.f_flag & os.ST_RDONLY)
+    free = None
+    with suppress(OutboxError):  # no directory, no space
+        free = store.free_space()
     return Snapshot(
         is_there=is_there,
         counts={state: _whole(count) for state, count in stats.counts.items()},
         bytes=stats.bytes,
         free_bytes=free,
-        is_read_only=is_read_only,
         oldest_pending_at=stats.oldest_pending_at,
         last_delivered_at=stats.last_delivered_at,
         state=stats.health.state,

@@ -22,6 +22,7 @@ class Mount(NamedTuple):
     point: str
     kind: str
     source: str
+    is_read_only: bool  # as a whole: one of its mounts alone may be, in the namespace of a service
 
 
 def mount_of(table: str, path: str) -> Mount | None:
@@ -44,7 +45,9 @@ def _mount(line: str) -> Mount | None:
     left, right = before.split(" "), behind.split(" ")
     if not separator or len(left) < 5 or len(right) < 2:
         return None
-    return Mount(_unescaped(left[4]), _unescaped(right[0]), _unescaped(right[1]))
+    options = right[2].split(",") if len(right) > 2 else []
+    is_read_only = "ro" in options or "emergency_ro" in options  # the latter is ext4's, after an error
+    return Mount(_unescaped(left[4]), _unescaped(right[0]), _unescaped(right[1]), is_read_only)
 
 
 def _unescaped(word: str) -> str:

@@ -93,6 +93,15 @@ def _file(path: str, place: os.stat_result) -> list[Finding]:
 # --- the disk
 
 
+def is_read_only(directory: str) -> bool:
+    """Tell whether nobody can write to the file system of *directory*.
+
+    That we alone can't, who watch it from a service with a read-only view of the host, keeps nothing from being queued.
+    """
+    mount = mounts.mount_of(_text(MOUNTS), directory)
+    return mount is not None and mount.is_read_only
+
+
 def file_system(directory: str, table: str) -> Finding:
     """Look what *directory* lies on, by the kernel's *table* of mounts."""
     mount = mounts.mount_of(table, directory)

@@ -15,7 +15,6 @@ class Snapshot(NamedTuple):
     counts: dict[str, int]  # by state, without those of a batch that is not published yet
     bytes: int
     free_bytes: int | None  # beside it, for an ordinary user
-    is_read_only: bool  # its file system, seen from here
     oldest_pending_at: float | None
     last_delivered_at: float | None
     deliveries: int  # ever, by whoever delivers from this outbox
@@ -31,3 +30,4 @@ class Snapshot(NamedTuple):
     last_sign_at: float | None  # of whoever delivers, while something waits for him
     has_agent: bool
     is_delivering: bool  # an agent, a flush or a command that waits
+    is_read_only: bool = False  # its file system, which only `check` looks at

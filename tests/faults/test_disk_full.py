@@ -241,6 +241,8 @@ def test_a_read_only_file_system_is_said(host):
             assert b"ead-only file system" in done.stderr
             assert b"Traceback" not in done.stderr
         assert host.counts() == {"pending": 1}
+        checked = host.run("check", "--no-agent")
+        assert (checked.returncode, b"lies on a read-only file system" in checked.stdout) == (2, True)
     finally:
         subprocess.run(["mount", "-o", "remount,rw", host.disk.path], check=True)
 

@@ -18,7 +18,7 @@ from authority import Authority, needs_openssl
 from host import KEY, eventually
 from scripted import answer, closed, hanging, raw, refused
 
-from versioner_agent import doctor, gauges, premises, probing, schema, servicing
+from versioner_agent import doctor, premises, probing, schema, servicing
 from versioner_agent.findings import Finding, exit_code, ok, total
 from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
 from versioner_agent.machine import Machine, Ran
@@ -329,8 +329,15 @@ def test_a_disk_that_was_mounted_again_read_only_is_called_that(host, monkeypatc
     (found,) = (each for each in premises.examine(os.path.realpath(host.path), is_named=True) if each.level == "error")
 
     assert (found.check, found.finding.rpartition(": ")[2]) == ("permissions", "Read-only file system")
-    with contextlib.closing(Store(host.path)) as store:
-        assert gauges.look(store).is_read_only
+
+
+def test_a_read_only_view_of_a_disk_that_others_write_to_is_no_read_only_disk(monkeypatch, tmp_path):
+    """As of a service with ProtectSystem=strict."""
+    table = tmp_path / "mountinfo"
+    monkeypatch.setattr(premises, "MOUNTS", str(table))
+    for view, whole, expected in (("ro", "rw", False), ("rw", "ro", True), ("rw", "rw,emergency_ro", True)):
+        table.write_text(f"30 22 8:1 / / {view},relatime shared:1 - ext4 /dev/sda1 {whole}\n")
+        assert premises.is_read_only("/var/lib") is expected
 
 
 # --- other processes, and what waits

@@ -94,11 +94,12 @@ def check(no_agent: bool, **options: Any) -> int:
 
 
 def _look(settings: Settings, limits: dict[str, float | None], *, wants_agent: bool) -> tuple[int, str]:
-    from versioner_agent import gauges  # noqa: PLC0415
+    from versioner_agent import gauges, premises  # noqa: PLC0415
     from versioner_agent.storage import Store  # noqa: PLC0415
 
     with closing(Store(settings.db, min(settings.busy_timeout, MOST_BUSY_S))) as store:
         view = gauges.look(store, is_named=settings.is_explicit("db"), max_backoff=settings.max_backoff)
+        view = view._replace(is_read_only=premises.is_read_only(os.path.dirname(store.path)))
     return report(view, limits, time.time(), wants_agent=wants_agent)
 
 
