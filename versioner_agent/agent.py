@@ -183,7 +183,7 @@ class Agent:
         flusher = Flusher(ledger, sender, options, here, on_account=account.bind)
         self._flusher = flusher
         orphans = Orphans(ledger)
-        vitals = Vitals(self._notifier, ledger, lock, self._files, self._key, lambda: flusher.trouble)
+        vitals = Vitals(self._notifier, ledger, lock, self._files, self._key, lambda: flusher.trouble, flusher.is_idle)
         logger.info(
             "agent %d delivers from %s to %s", os.getpid(), ledger.store.path, here.origin, extra={"action": "start"}
         )

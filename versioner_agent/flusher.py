@@ -160,6 +160,10 @@ class Flusher:
         """Tell whether a request is under way, or its outcome is not written yet."""
         return bool(self._busy)
 
+    def is_idle(self, now: float) -> bool:
+        """Tell whether at *now* (monotonic seconds) there is nothing to send, as far as has been seen."""
+        return not self._busy and self._chooser.is_exhausted() and self._pace.next_due(now) is None
+
     def finish(self, grace_s: float) -> int:
         """Wait up to *grace_s* for requests under way and settle them; returns how many remain unanswered."""
         end = time.monotonic() + grace_s

@@ -14,6 +14,8 @@ from versioner_agent.sdnotify import Notifier
 from versioner_agent.text import key_public_part
 
 TELL_S = 1.0
+#: How often the lock's file becomes newer while nothing is to be done: what waits then has not been waiting since long.
+NOTE_S = 60.0
 
 
 class Vitals:
@@ -27,10 +29,12 @@ class Vitals:
         files: Watch,
         read_key: Callable[[], str | None],
         trouble: Callable[[], str],
+        is_idle: Callable[[float], bool],
     ) -> None:
         """Speak through *notifier* of what *ledger* holds; *read_key* gives the key as it is now.
 
-        *trouble* gives what keeps the outcome of deliveries from being recorded, empty where nothing does.
+        *trouble* gives what keeps the outcome of deliveries from being recorded, empty where nothing does. *is_idle*
+        tells whether nothing is to be sent: then this alone shows that we would.
         """
         self.reload_problem = ""
         self._notifier = notifier
@@ -39,7 +43,8 @@ class Vitals:
         self._files = files
         self._read_key = read_key
         self._trouble = trouble
-        self._due = 0.0
+        self._is_idle = is_idle
+        self._due = self._note_due = 0.0
         self._noted: str | None = None
 
     def tell(self, now: float) -> None:
@@ -50,8 +55,8 @@ class Vitals:
         self._due = now + TELL_S
         key = self._read_key()
         shown = key_public_part(key) if key else ""
-        if shown != self._noted:
-            self._noted = shown
+        if shown != self._noted or (now >= self._note_due and self._is_idle(now)):
+            self._noted, self._note_due = shown, now + NOTE_S
             self._lock.note_key(shown)
         if self._notifier.is_heard:
             self._notifier.status(self.line())

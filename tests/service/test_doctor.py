@@ -20,9 +20,13 @@ from scripted import answer, closed, hanging, raw, refused
 
 from versioner_agent import doctor, premises, probing, schema, servicing
 from versioner_agent.findings import Finding, exit_code, ok, total
+from versioner_agent.installed import Watch
+from versioner_agent.ledger import Ledger
 from versioner_agent.locks import QUEUE_SUFFIX, FlusherLock
 from versioner_agent.machine import Machine, Ran
+from versioner_agent.sdnotify import Notifier
 from versioner_agent.storage import Store
+from versioner_agent.vitals import Vitals
 
 DAY_S = 86_400.0
 PORTAL = b"<html><title>Welcome to Hotel Wi-Fi</title></html>"
@@ -430,6 +434,24 @@ def test_an_agent_that_has_lent_delivering_for_long_is_not_to_be_restarted(host)
 
     assert (found["level"], f"lent to an export (pid {os.getpid()})" in found["finding"]) == ("ok", True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_an_idle_agent_shows_that_it_would_try(host):
+    """Else what is imported or retried after a quiet hour, queued long ago, looks as if an agent that hangs had it."""
+    host.queue("payments")
+    lock, idle, signs = FlusherLock(host.path), [False], []
+    assert lock.claim_agent()
+    with contextlib.closing(Store(host.path)) as store:
+        vitals = Vitals(Notifier({}), Ledger(store), lock, Watch(), lambda: None, lambda: "", lambda _: idle[-1])
+        vitals.tell(1000.0)
+        for now, is_idle in ((1100.0, False), (1102.0, True), (1104.0, True), (1164.0, True)):
+            idle.append(is_idle)
+            os.utime(lock.path, (1, 1))
+            vitals.tell(now)
+            signs.append(os.stat(lock.path).st_mtime > 1)
+    lock.close()
+
+    assert signs == [False, True, False, True]
 
 
 def test_a_destination_that_needs_a_person_is_an_error_while_events_wait(host):

@@ -84,6 +84,17 @@ def test_a_waiting_event_holds_its_own_key_only(bench):
     assert b.wire.versions("a") == ["1", "1"]
 
 
+def test_it_is_idle_only_while_nothing_is_to_be_sent(bench):
+    b = bench()
+    b.queue("a", 2)
+    seen = [b.step(), b.flusher.is_idle(b.now)]
+    seen += [b.answer(("a", UNAVAILABLE)), b.flusher.is_idle(b.now)]
+    seen += [b.step(after=200.0), b.answer(("a", DELIVERED)), b.flusher.is_idle(b.now)]
+    seen += [b.answer(("a", DELIVERED)), b.step(), b.flusher.is_idle(b.now)]
+
+    assert seen == [["a"], False, [], False, ["a"], ["a"], False, [], [], True]
+
+
 def test_every_attempt_carries_the_same_idempotency_key(bench):
     b = bench()
     b.queue("a")
