@@ -46,8 +46,10 @@ LEFT_OUT = (
     "what other programs wrote into the journal, and what is older than a day",
 )
 _SHORTEST_SECRET = 6
-#: Whoever has a link with one of these needs no password: `?token=…`, `&X-Amz-Signature=…`. Bounded, to be linear.
-_PARAMETER = r"(?i)([?&][\w.%-]{0,64}(?:token|secret|passw|sig|key|auth|credential)[\w.%-]{0,64}=)[^&#\s\"'<>\\]+"
+#: Whoever has a link with one of these needs no password: `?token=…`, `#access_token=…`. Bounded, to be linear.
+_PARAMETER = (
+    r"(?i)([?&#;][\w.%-]{0,64}(?:token|secret|pass|pwd|sig|key|auth|credential|jwt)[\w.%-]{0,64}=)[^&#\s\"'<>\\]+"
+)
 #: Variables whose values are of use, and masked like all else; so are proxies'.
 _SHOWN = {config.ENV_CONFIG, *(option.env for option in config.OPTIONS if not option.is_secret)}
 

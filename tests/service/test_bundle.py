@@ -145,7 +145,7 @@ def test_what_the_mask_takes_out_leaves_json_as_it_is():
         "c": "x plain-secret y",
         "d": 'with "quotes"',
         "e": KEY,
-        "f": "https://ci/7?token=t0&a=1&X-Amz-Signature=s0#top https://ci/8?page=2",
+        "f": "https://ci/7?token=t0&a=1&X-Amz-Signature=s0#top https://ci/8?page=2 https://ci/9#access_token=t0 x?a=1&amp;pwd=p0",
     }
     masked = json.loads(mask(json.dumps(told)))
 
@@ -155,7 +155,7 @@ def test_what_the_mask_takes_out_leaves_json_as_it_is():
         "c": "x *** y",
         "d": "***",
         "e": "sk_acme_***",
-        "f": "https://ci/7?token=***&a=1&X-Amz-Signature=***#top https://ci/8?page=2",
+        "f": "https://ci/7?token=***&a=1&X-Amz-Signature=***#top https://ci/8?page=2 https://ci/9#access_token=*** x?a=1&amp;pwd=***",
     }
     assert mask("abc") == "abc"  # too short to be a secret
 
