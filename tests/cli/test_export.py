@@ -374,6 +374,15 @@ def test_who_has_read_the_digest_can_mark_by_it_though_the_export_is_killed(host
     assert host.counts() == {"exported": 300}
 
 
+def test_a_closed_stdout_is_no_reader(host):
+    host.queue("a")
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *COMMAND, "export", "-"], env=host.env, capture_output=True,
+                          check=False)  # fmt: skip
+
+    assert (done.returncode, b"stdout is closed" in done.stderr) == (2, True)
+    assert host.counts() == {"pending": 1}
+
+
 def test_no_room_for_what_is_to_go_to_stdout_marks_nothing_and_writes_nothing(host, small_disk):
     host.queue("a", 300)
 

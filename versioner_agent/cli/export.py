@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -111,6 +112,8 @@ def ended_by_signals() -> Iterator[None]:
 def _stream(settings: Settings, product: str | None, limit: int | None) -> int:
     from versioner_agent import exporting  # noqa: PLC0415
 
+    if getattr(sys.stdout, "is_lost", False):
+        raise UsageError("stdout is closed, so there is nowhere to write to; nothing was done", "name a file")
     # Past the wrapper of stdout, for which a reader that leaves is no error.
     stream = os.fdopen(os.dup(1), "wb")
     try:
