@@ -1,7 +1,8 @@
 """`export`: what is pending goes into a file, is claimed as it is written, and marked when the file is safe.
 
-The flusher's lock is borrowed for the whole of it, so that nothing under way is exported. The file is opened, synced
-and named with the caller's rights, the outbox is used with those of its owner.
+The flusher's lock is borrowed until the file is marked, or what goes to stdout lies in a temporary one, so that nothing
+under way is exported. The file is opened, synced and named with the caller's rights, the outbox is used with those of
+its owner.
 """
 
 from __future__ import annotations
@@ -84,10 +85,12 @@ def export(
             done = batch.exported(new.path)
             with owned(store):
                 _mark(ledger, lock, batch, new.path)
-            on_marked(done)
-            with owned(store):
-                _turn(ledger)
-                _give_up_old(ledger, settings.exported_retention_days)
+            try:
+                on_marked(done)
+            finally:
+                with owned(store):
+                    _turn(ledger)
+                    _give_up_old(ledger, settings.exported_retention_days)
             return done
 
 

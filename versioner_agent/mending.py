@@ -144,9 +144,8 @@ def _build(store: Store, side: str, damage: Damage, before: int, live: frozenset
                         os.utime(store.path, follow_symlinks=False)  # who waits to queue sees that we get on
             counts, ids = found.finish()
             unreadable = max(len(ids), before - sum(counts.values()))
-            if (
-                unreadable or not before
-            ):  # what is imported again may be what was lost: better sent twice than not at all
+            if unreadable or not before:
+                # What is imported again may be what was lost: better sent twice than not at all.
                 connection.execute("UPDATE arrival SET records = 0")
             damage = damage._replace(salvaged=counts, unreadable=unreadable, unreadable_ids=ids[:IDS_KEPT])
             connection.execute("INSERT INTO meta (key, value) VALUES ('damage', ?)", (json.dumps(damage._asdict()),))

@@ -1,9 +1,9 @@
 """Forgetting what is old and giving its space back, in steps that nobody who queues has to wait for.
 
 What goes: delivered and discarded records that were settled before a given time; of those that were imported, the ones
-whose verdict was told before it; where that is set, exported ones without a verdict. What waits,
-failed or is still to be told stays, however old. Batches that were imported stay known for good: a file that turns up
-again must add nothing. Used only by whoever holds the flusher lock.
+whose verdict was told before it; where that is set, exported ones without a verdict. What waits, failed or is still to
+be told stays, however old. Batches that were imported stay known for good: a file that turns up again must add nothing.
+Used only by whoever holds the flusher lock.
 """
 
 from __future__ import annotations

@@ -374,6 +374,17 @@ def test_who_has_read_the_digest_can_mark_by_it_though_the_export_is_killed(host
     assert host.counts() == {"exported": 300}
 
 
+def test_who_can_not_be_told_of_an_export_is_told_that_it_counts(host, file):
+    host.queue("a", 2)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run((*COMMAND, "export", str(file)), stdout=full, stderr=subprocess.PIPE, env=host.env,
+                              check=False)  # fmt: skip
+
+    assert done.returncode == 1
+    assert f"{file} is complete, and its records count as exported".encode() in done.stderr
+    assert sql(host.path, "SELECT DISTINCT state FROM record") == [("exported",)]
+
+
 def test_a_closed_stdout_is_no_reader(host):
     host.queue("a")
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *COMMAND, "export", "-"], env=host.env, capture_output=True,

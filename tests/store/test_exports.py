@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from versioner_agent.errors import OutboxBusy
 from versioner_agent.exporting import export, export_to, mark
 from versioner_agent.flusher import LOOK_S
 from versioner_agent.ledger import Ledger
-from versioner_agent.stepping import StepSize
+from versioner_agent.stepping import FIRST_STEP, StepSize
 from versioner_agent.storage import Store
 from versioner_agent.upkeep import MAINTENANCE_S
 
@@ -247,6 +248,27 @@ def test_what_is_discarded_just_before_it_is_claimed_is_not_said_to_be_damaged(
     assert export(settings, str(tmp_path / "1")) is None
     assert states(ledger) == {"discarded": 1}
     assert rows(ledger, "SELECT id FROM export") == []
+
+
+def test_on_a_slow_disk_a_step_claims_and_turns_little(outbox, ledger, monkeypatch):
+    """A clock that goes on by a second whenever it is looked at."""
+    seconds = itertools.count()
+    for size in (ledger._claiming, ledger._turning):
+        monkeypatch.setattr(size, "_clock", lambda: float(next(seconds)))
+    queue(outbox, "a", 60)
+    batch = exports.begin(ledger.store, None, time.time())
+    first = ledger.claim(batch, 0, 60, time.time())
+    second = ledger.claim(batch, first.last_id, 60, time.time())
+    batch, written = claimed(ledger)
+    ledger.mark(batch, written, written.records, None)
+    turned = [
+        rows(ledger, "SELECT count(*) FROM record WHERE state = 'exported'")[0][0]
+        for _ in range(2)
+        if ledger.hand_over()
+    ]
+
+    assert (len(first.records), len(second.records)) == (FIRST_STEP, 1)
+    assert turned == [FIRST_STEP, FIRST_STEP + 1]
 
 
 def test_large_payloads_make_short_steps(outbox, ledger):

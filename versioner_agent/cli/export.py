@@ -15,7 +15,7 @@ import click
 
 from versioner_agent.cli import _notes
 from versioner_agent.cli._common import echo, echo_json, json_option, load_settings, settings_options
-from versioner_agent.errors import UsageError
+from versioner_agent.errors import AgentError, UsageError
 from versioner_agent.text import harmless
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def export(
         if again is not None:
             _report(exporting.export_again(settings, again, file), as_json=as_json)
             return 0
-        report = partial(_report, as_json=as_json)
+        report = partial(_report_marked, as_json=as_json)
         if exporting.export(settings, file, product=product, limit=limit, on_marked=report) is None:
             click.echo("nothing is pending; no file was written", err=True)
         return 0
@@ -153,6 +153,17 @@ def _report(done: Exported, *, as_json: bool) -> None:
         echo_json(exported_json(done))
     else:
         echo(harmless(f"exported {summary(done)}"))
+
+
+def _report_marked(done: Exported, *, as_json: bool) -> None:
+    """Do the same for a batch that counts as exported, whether anybody can be told or not."""
+    try:
+        _report(done, as_json=as_json)
+    except OSError as exc:
+        raise AgentError(
+            f"can't write to stdout: {exc.strerror or exc}; {done.file} is complete, and its records count as exported",
+            "`versioner-agent status` lists the batch",
+        ) from exc
 
 
 def summary(done: Exported) -> str:
